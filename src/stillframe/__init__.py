@@ -1,0 +1,25 @@
+"""stillframe: asynchronous, crash-safe checkpoints for distributed PyTorch training.
+
+The names below are loaded on first use, so that the writer process, which imports this package, stays free of torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stillframe.checkpointer import Checkpointer
+    from stillframe.load.huggingface import load_hf
+
+__version__ = version("stillframe")
+__all__ = ["Checkpointer", "__version__", "load_hf"]
+
+_HOMES = {"Checkpointer": "stillframe.checkpointer", "load_hf": "stillframe.load.huggingface"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'stillframe' has no attribute {name!r}")

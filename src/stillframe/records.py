@@ -1,0 +1,116 @@
+"""The frozen records that stages hand each other. Torch-free, so the writer process can import them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """One contiguous run of bytes of one file, which this rank owns and keeps contiguous in its arena too."""
+
+    file_offset: int
+    arena_offset: int
+    length_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One named part of a file: the envelope (`name` is "") or a tensor. Items tile their file without gaps."""
+
+    name: str
+    file_offset: int
+    length_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileLayout:
+    """One file of a checkpoint as all ranks know it: its size and the items that tile it, by offset."""
+
+    name: str
+    size_bytes: int
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileShare:
+    """This rank's part of one file: extents by file offset. No extent crosses the border of an item."""
+
+    name: str
+    size_bytes: int
+    extents: tuple[Extent, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WritePlan:
+    """What this rank's writer does in every save of one layout; sent to it once and then named by `plan_id`."""
+
+    plan_id: int
+    rank: int
+    world_size: int
+    layout_digest: str
+    arena_bytes: int
+    files: tuple[FileShare, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InlineFile:
+    """A small file whose whole content travels with the request (config, tokenizer, index)."""
+
+    name: str
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteRequest:
+    """One save, for one rank's writer.
+
+    `directory` is the hidden directory. The writer opens it once, checks that `marker_name` exists in it (so that it
+    never writes into the directory of another attempt that took the same name), and reaches every file through
+    that descriptor. Its receipt goes to `receipt_name`. Both names are relative to the directory.
+    """
+
+    plan_id: int
+    kind: str
+    step: int
+    attempt: str
+    directory: Path
+    marker_name: str
+    receipt_name: str
+    inline_files: tuple[InlineFile, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenExtent:
+    """An extent that is on disk, with the CRC64-NVME of its bytes as they were handed to the kernel."""
+
+    file_offset: int
+    length_bytes: int
+    crc64nvme: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileReceipt:
+    """What one rank wrote and fsynced of one file; `extents` by file offset."""
+
+    name: str
+    size_bytes: int
+    extents: tuple[WrittenExtent, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """One rank's statement that its share of one attempt is written and fsynced, every byte of it.
+
+    An inline file appears as a `FileReceipt` with one extent that covers it.
+    """
+
+    kind: str
+    step: int
+    attempt: str
+    rank: int
+    world_size: int
+    layout_digest: str
+    bytes_written: int
+    files: tuple[FileReceipt, ...]
