@@ -55,11 +55,53 @@ class WritePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """A contiguous run of bytes of this rank's local part of a tensor, and where the snapshot puts it in the arena."""
+
+    tensor: str
+    tensor_offset: int
+    arena_offset: int
+    length_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """Bytes known from the layout alone (a safetensors header), put into the arena once."""
+
+    arena_offset: int
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankShare:
+    """Everything that one rank contributes to a layout: what its writer writes, and how its arena is filled."""
+
+    plan: WritePlan
+    copies: tuple[Copy, ...]
+    envelopes: tuple[Envelope, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InlineFile:
     """A small file whose whole content travels with the request (config, tokenizer, index)."""
 
     name: str
     content: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """One checkpoint's files as every rank computes them. Equal `digest`s mean equal layouts and equal distribution.
+
+    `inline_files` follow from the layout (the index); `files` hold the tensors. `total_bytes` counts `files` only.
+    """
+
+    kind: str
+    world_size: int
+    files: tuple[FileLayout, ...]
+    inline_files: tuple[InlineFile, ...]
+    total_bytes: int
+    digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

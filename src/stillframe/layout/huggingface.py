@@ -1,0 +1,224 @@
+"""The Hugging Face directory: which keys go into which safetensors file, headers, index.
+
+Byte-identical to `save_pretrained` of the same unsharded model. Sources: transformers `modeling_utils.py`
+(`save_pretrained`), huggingface_hub `serialization/_base.py` (`split_state_dict_into_shards_factory`), safetensors
+`tensor.rs` (`prepare`: order of tensors, padding).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from stillframe.errors import LayoutError, UnsupportedModel
+from stillframe.layout.keys import Key, KeyMap, runtime_tensors, save_keys
+from stillframe.layout.placement import Holding, holding
+from stillframe.layout.shares import PlacedItem, rank_share
+from stillframe.records import FileLayout, InlineFile, Item, Layout, RankShare
+
+# In the order in which safetensors puts tensors into a file (its Dtype enum, descending).
+SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_RANK_OF_DTYPE = {dtype: order for order, dtype in enumerate(SAFETENSORS_DTYPES)}
+MAX_HEADER_BYTES = 100_000_000  # safetensors refuses to read a longer one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HuggingFacePlan:
+    """A layout, this rank's share of it, and the model's own tensors that the snapshot copies from, by name."""
+
+    layout: Layout
+    share: RankShare
+    tensors: Mapping[str, torch.Tensor]
+
+
+def plan_huggingface(
+    model: PreTrainedModel, *, max_shard_bytes: int, rank: int, world_size: int, plan_id: int
+) -> HuggingFacePlan:
+    """Lay `model` out as a Hugging Face directory and find this rank's share. No communication, no data is read.
+
+    Raises LayoutError (UnsupportedModel, UnsupportedPlacement, CoverageError) naming the model or tensor.
+    """
+    refuse_unsupported(model)
+    tensors = runtime_tensors(model)
+    key_map = save_keys(model, tensors)
+    parameters = {id(p) for p in model.parameters()}
+    holdings = {
+        name: holding(name, tensor, rank=rank, world_size=world_size, is_parameter=id(tensor) in parameters)
+        for name, tensor in tensors.items()
+    }
+    layout, items = lay_out(
+        key_map,
+        holdings,
+        max_shard_bytes=max_shard_bytes,
+        total_parameters=model.num_parameters(),
+        world_size=world_size,
+    )
+    share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
+    return HuggingFacePlan(layout=layout, share=share, tensors=tensors)
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel for models whose save is not made of their own tensors."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is not a transformers PreTrainedModel; only those can be exported as a "
+            "Hugging Face directory"
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModel(f"{type(model).__name__} is quantized; export the model that it was made from")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModel(f"{type(model).__name__} carries PEFT adapters; merge or unload them to export it")
+    if {"cpu", "disk"} & {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}:
+        raise UnsupportedModel(f"{type(model).__name__} has offloaded modules; load it without a device_map")
+    unready = [n for n, p in model.named_parameters() if p.device.type == "meta"]
+    if unready:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: {len(unready)} parameters have no values yet (meta device), such as {unready[0]}"
+        )
+
+
+def lay_out(
+    key_map: KeyMap,
+    holdings: Mapping[str, Holding],
+    *,
+    max_shard_bytes: int,
+    total_parameters: int,
+    world_size: int,
+) -> tuple[Layout, list[PlacedItem]]:
+    """Assign keys to files and offsets. Deterministic: equal arguments, equal result, whatever the hash seed."""
+    shards, block_total = split_into_shards(key_map.keys, max_shard_bytes)
+    names = _file_names(len(shards))
+    files: list[FileLayout] = []
+    items: list[PlacedItem] = []
+    for index, (name, shard) in enumerate(zip(names, shards, strict=True)):
+        ordered = sorted(shard, key=lambda key: (_dtype_rank(key), key.name.encode()))
+        header = _header(name, ordered)
+        items.append(PlacedItem(file=index, file_offset=0, length_bytes=len(header), content=header))
+        listed = [Item(name="", file_offset=0, length_bytes=len(header))]
+        position = len(header)
+        for key in ordered:
+            length = math.prod(key.shape) * key.dtype.itemsize
+            items.append(
+                PlacedItem(
+                    file=index,
+                    file_offset=position,
+                    length_bytes=length,
+                    runs=key.runs,
+                    element_bytes=key.dtype.itemsize,
+                )
+            )
+            listed.append(Item(name=key.name, file_offset=position, length_bytes=length))
+            position += length
+        files.append(FileLayout(name=name, size_bytes=position, items=tuple(listed)))
+    inline: tuple[InlineFile, ...] = ()
+    if len(shards) > 1:
+        weight_map = {key.name: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        metadata = {"total_parameters": total_parameters, "total_size": block_total}
+        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+        inline = (InlineFile(name="model.safetensors.index.json", content=text.encode()),)
+    digest = hashlib.sha256(repr(("hf", world_size)).encode())
+    for placed in items:
+        digest.update(placed.content)
+    for file in files:
+        digest.update(repr((file.name, file.size_bytes)).encode())
+    for source in key_map.sources:
+        digest.update(repr((source, holdings[source].signature)).encode())
+    layout = Layout(
+        kind="hf",
+        world_size=world_size,
+        files=tuple(files),
+        inline_files=inline,
+        total_bytes=sum(f.size_bytes for f in files),
+        digest=digest.hexdigest(),
+    )
+    return layout, items
+
+
+def split_into_shards(keys: Sequence[Key], max_shard_bytes: int) -> tuple[list[list[Key]], int]:
+    """The hub's greedy split by storage block, and the sum of all blocks' bytes (the index's `total_size`).
+
+    A block larger than the limit gets a shard of its own at once, while the open shard stays open.
+    """
+    by_block: dict[int, list[Key]] = {}
+    for key in keys:
+        by_block.setdefault(key.block, []).append(key)
+    shards: list[list[Key]] = []
+    current: list[Key] = []
+    current_bytes = total_bytes = 0
+    for block in by_block.values():
+        size = block[0].block_bytes
+        total_bytes += size
+        if size > max_shard_bytes:
+            shards.append(block)
+            continue
+        if current_bytes + size > max_shard_bytes:
+            shards.append(current)
+            current, current_bytes = [], 0
+        current.extend(block)
+        current_bytes += size
+    if current:
+        shards.append(current)
+    return shards, total_bytes
+
+
+def _file_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _dtype_rank(key: Key) -> int:
+    if key.dtype not in _RANK_OF_DTYPE:
+        raise UnsupportedModel(f"{key.name} has dtype {key.dtype}, for which safetensors has no name")
+    return _RANK_OF_DTYPE[key.dtype]
+
+
+def _header(file_name: str, ordered: Sequence[Key]) -> bytes:
+    """The file's first bytes: u64 length, JSON, spaces up to a multiple of 8."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for key in ordered:
+        end = position + math.prod(key.shape) * key.dtype.itemsize
+        entries[key.name] = {
+            "dtype": SAFETENSORS_DTYPES[key.dtype],
+            "shape": list(key.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    try:
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise LayoutError(f"{file_name}: a tensor's name is not valid Unicode: {error}") from error
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise LayoutError(
+            f"{file_name}: its header would have {len(text)} bytes, more than the {MAX_HEADER_BYTES} that safetensors "
+            "reads; choose a smaller max_shard_size"
+        )
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,283 @@
+"""Runtime tensors <-> Hugging Face keys, found by running Transformers' own conversions on shapes alone.
+
+There is no table of models here. `save_keys` runs the very function that `save_pretrained` uses
+(`revert_weight_conversion`) on meta tensors, watching which views, concatenations and stacks it makes; the result says
+for every key of the checkpoint which runs of which runtime tensors it consists of. What is neither a rename nor a slice
+nor a concatenation is recognised (its values would come from a storage that no tensor of the model owns) and refused by
+name.
+
+Source: transformers `core_model_loading.py` (`revert_weight_conversion`) and `modeling_utils.py` (`save_pretrained`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import _get_tied_weight_keys
+
+from stillframe.errors import UnsupportedModel
+from stillframe.layout.runs import Runs, coalesce, compose, overlap, strided
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One tensor of the checkpoint: its name, and the runs of the model's tensors that it consists of.
+
+    `runs` tile the key in row-major order, in elements; `Runs.source` indexes `KeyMap.sources`. `block` identifies the
+    storage that `save_pretrained` would hold it in, of `block_bytes` bytes: the unit by which it shards files.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    runs: Runs
+    block: int
+    block_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyMap:
+    """`sources` (names of runtime tensors) and the `keys` made of them, in the order in which they are sharded."""
+
+    sources: tuple[str, ...]
+    keys: tuple[Key, ...]
+
+
+def runtime_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors that `save_pretrained` would save, as the model's own objects, in `state_dict` order.
+
+    Names in `_keys_to_ignore_on_save` and all but one name of tied weights are left out, by the rules of
+    transformers' `remove_tied_weights_from_state_dict`. Raises UnsupportedModel for entries that are no tensors.
+    """
+    state = model.state_dict(keep_vars=True)
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise UnsupportedModel(
+                f"{type(model).__name__}: {name} is a {type(value).__name__}, not a tensor; safetensors cannot hold it"
+            )
+    return _without_tied(model, state)
+
+
+def _without_tied(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keep one name of each group that is one tensor; refuse tensors that overlap without being the same."""
+    storages: dict[Hashable, dict[Hashable, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, tensor in state.items():
+        storage, extent = _address(tensor)
+        storages[storage][extent].append(name)
+    patterns = _get_tied_weight_keys(model)
+    dropped: set[str] = set()
+    for extents in storages.values():
+        for names in extents.values():
+            tied = [n for n in sorted(names) if any(re.search(p, n) for p in patterns)]
+            dropped.update(tied[: len(names) - 1])  # when every name is declared as tied, the last one stays
+            kept = [n for n in names if n not in dropped]
+            if len(kept) > 1:
+                raise UnsupportedModel(
+                    f"{type(model).__name__}: {', '.join(sorted(kept))} are one tensor, but _tied_weights_keys "
+                    f"({patterns}) does not say which name to keep; declare the tie on the model"
+                )
+        _refuse_partial_overlap(model, state, [names[0] for names in extents.values()])
+    return {name: tensor for name, tensor in state.items() if name not in dropped}
+
+
+def _address(tensor: torch.Tensor) -> tuple[Hashable, Hashable]:
+    """What identifies the storage, and the place in it, of the memory that this rank holds of `tensor`."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    if local.numel() == 0 or local.device.type == "meta":
+        return id(tensor), None  # nothing to point at: only the very same object is the same tensor
+    storage = (local.device, local.untyped_storage().data_ptr())
+    return storage, (local.data_ptr(), local.numel(), tuple(local.stride()))
+
+
+def _refuse_partial_overlap(model: PreTrainedModel, state: dict[str, torch.Tensor], names: list[str]) -> None:
+    spans = []
+    for name in names if len(names) > 1 else ():
+        tensor = state[name]
+        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        last = sum((size - 1) * step for size, step in zip(local.shape, local.stride(), strict=True))
+        spans.append((local.data_ptr(), local.data_ptr() + (last + 1) * local.element_size(), name))
+    spans.sort()
+    for (_, end, name), (begin, _, other) in pairwise(spans):
+        if begin < end:
+            raise UnsupportedModel(f"{type(model).__name__}: {name} and {other} overlap in memory but are not the same")
+
+
+def save_keys(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> KeyMap:
+    """The keys that `save_pretrained` of the unsharded `model` writes, as runs over `tensors` (`runtime_tensors`).
+
+    Depends on names, shapes and dtypes only; no data is read. Raises UnsupportedModel, naming the keys, where
+    a conversion is more than renames, slices and concatenations.
+    """
+    names = tuple(tensors)
+
+    def revert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with _unsharded_classes(model):
+            converted: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
+            return converted
+
+    tracer = Tracer(_on_meta(tensors))
+    converted = tracer.run(revert)
+    # A second run, unwatched: `.contiguous()` then makes the storages that `save_pretrained` shards files by.
+    blocks = revert(_on_meta(tensors))
+    storages: dict[int, int] = {}
+    keys = []
+    for name, tensor in converted.items():
+        storage = blocks[name].untyped_storage()
+        keys.append(
+            Key(
+                name=name,
+                dtype=tensor.dtype,
+                shape=tuple(tensor.shape),
+                runs=tracer.runs_of(name, tensor),
+                block=storages.setdefault(storage._cdata, len(storages)) if storage.nbytes() else -1,
+                block_bytes=storage.nbytes(),
+            )
+        )
+    return KeyMap(sources=names, keys=tuple(keys))
+
+
+def _on_meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Data-free twins of the unsharded tensors, each in a storage of its own.
+
+    A tensor alone in its storage keeps the storage's size, which `save_pretrained` counts; where several tensors
+    share one, it clones them.
+    """
+    lodgers = Counter(_address(t)[0] for t in tensors.values())
+    twins = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor) or lodgers[_address(tensor)[0]] > 1:
+            twins[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        elif tensor.device.type == "meta":
+            twins[name] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        else:
+            elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+            storage = torch.empty(elements, dtype=tensor.dtype, device="meta")
+            twins[name] = storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return twins
+
+
+@contextmanager
+def _unsharded_classes(model: nn.Module) -> Iterator[None]:
+    """Give modules the classes they had before `fully_shard`, which renames them (`FSDPLlamaModel`).
+
+    Transformers looks conversions up by class name, and the reference is the save of the unsharded model.
+    """
+    sharded = [(m, type(m)) for m in model.modules() if isinstance(m, FSDPModule)]
+    try:
+        for module, cls in sharded:
+            module.__class__ = cls.__mro__[2]  # (FSDPX, FSDPModule, X, ...): see torch's fully_shard
+        yield
+    finally:
+        for module, cls in sharded:
+            module.__class__ = cls
+
+
+class Tracer(TorchFunctionMode):
+    """Runs a conversion on meta tensors and finds out which runs of its inputs every output consists of."""
+
+    def __init__(self, inputs: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._inputs = inputs
+        self._names = list(inputs)
+        # Storages are identified by address; keeping the tensors alive keeps the addresses unique.
+        self._alive: list[torch.Tensor] = list(inputs.values())
+        self._sources = {_storage_id(tensor): index for index, tensor in enumerate(inputs.values())}
+        self._joins: dict[int, tuple[tuple[torch.Tensor, ...], int]] = {}
+        self._tables: dict[int, Runs] = {}
+
+    def run(self, convert: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        with self:
+            outputs = convert(dict(self._inputs))
+        changed = [n for n, t in self._inputs.items() if t._version]
+        if changed:
+            raise UnsupportedModel(f"a conversion changes tensors in place: {', '.join(changed)}")
+        self._alive.extend(outputs.values())
+        return outputs
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.contiguous:
+            return args[0]  # the order of elements is what counts here, not where they would be copied to
+        result = func(*args, **kwargs)
+        if func in (torch.cat, torch.concat, torch.stack):
+            tensors: Sequence[torch.Tensor] = args[0] if args else kwargs["tensors"]
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            if func is torch.stack:
+                dim %= result.dim()
+                tensors = [t.unsqueeze(dim) for t in tensors]
+            self._joins[_storage_id(result)] = (tuple(tensors), dim % result.dim())
+            self._alive.extend([result, *tensors])
+        return result
+
+    def runs_of(self, name: str, tensor: torch.Tensor) -> Runs:
+        """The runs of output `tensor` over the inputs, in row-major order. Raises UnsupportedModel, naming it."""
+        storage = _storage_id(tensor)
+        if storage in self._sources:
+            index = self._sources[storage]
+            source = self._inputs[self._names[index]]
+            shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+            if (shape, stride) == (tuple(source.shape), tuple(source.stride())):
+                return strided(0, shape, _row_major(shape), index)
+            if source.is_contiguous():
+                return strided(int(tensor.storage_offset() - source.storage_offset()), shape, stride, index)
+            raise UnsupportedModel(f"{name} is a part of {self._names[index]}, whose memory is not in row-major order")
+        if storage in self._joins:
+            view = strided(int(tensor.storage_offset()), tensor.shape, tensor.stride(), 0)
+            return compose(view, self._join_table(name, storage))
+        raise UnsupportedModel(
+            f"{name} is not made of renames, slices and concatenations of the model's tensors "
+            "(its conversion computes new values); such a model cannot be exported yet"
+        )
+
+    def _join_table(self, name: str, storage: int) -> Runs:
+        """The runs of the whole result of a concatenation, which is contiguous, over the inputs."""
+        if storage not in self._tables:
+            tensors, dim = self._joins[storage]
+            rows = [math.prod(t.shape[dim:]) for t in tensors]
+            outer = math.prod(tensors[0].shape[:dim])
+            row = sum(rows)
+            parts = []
+            for tensor, own, before in zip(tensors, rows, np.cumsum(rows) - rows, strict=True):
+                runs = self.runs_of(name, tensor)
+                cuts = np.arange(outer, dtype=np.int64) * own
+                r, c, start, length = overlap(runs.start, runs.length, cuts, np.full(outer, own, dtype=np.int64))
+                into = c * row + before + (start - cuts[c])
+                parts.append(Runs(into, runs.source[r], runs.source_start[r] + (start - runs.start[r]), length))
+            starts = np.concatenate([p.start for p in parts])
+            order = np.argsort(starts, kind="stable")
+            self._tables[storage] = coalesce(
+                Runs(
+                    starts[order],
+                    np.concatenate([p.source for p in parts])[order],
+                    np.concatenate([p.source_start for p in parts])[order],
+                    np.concatenate([p.length for p in parts])[order],
+                )
+            )
+        return self._tables[storage]
+
+
+def _storage_id(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))

@@ -1,0 +1,189 @@
+"""How a tensor is distributed -> which of its elements this rank holds, and which other ranks hold the same.
+
+Index sets are composed from the placements themselves, mesh dimension by mesh dimension, in DTensor's order. torch's
+own `compute_local_shape_and_global_offset` gives only the first offset of a shard, which is wrong where a shard is
+made of several pieces (`_StridedShard`). Checked in tests/property against torch's own `distribute_tensor`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from stillframe.errors import UnsupportedPlacement
+from stillframe.layout.runs import Runs, coalesce
+
+Intervals = tuple[tuple[int, int], ...]  # (start, length) along one dimension, in the order of the local tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """What this rank holds of one tensor.
+
+    `runs`: position in the global tensor -> position in the local one (both flat, row-major), ascending.
+    `replicas`: the global ranks that hold exactly the same elements, this one among them, in a common order.
+    `signature`: describes the distribution; the same on all ranks, for the layout's digest.
+    """
+
+    runs: Runs
+    replicas: tuple[int, ...]
+    signature: str
+
+
+def holding(name: str, tensor: torch.Tensor, *, rank: int, world_size: int, is_parameter: bool) -> Holding:
+    """What `rank` holds of `tensor`, a DTensor or a plain tensor that all ranks of the job hold alike.
+
+    A plain buffer counts as held by rank 0 alone: ranks may differ in their running statistics, and a file
+    must not mix them. Raises UnsupportedPlacement where the distribution cannot be described exactly.
+    """
+    if not isinstance(tensor, DTensor):
+        replicas = tuple(range(world_size)) if is_parameter else (0,)
+        whole = Runs.of([(0, 0, 0, tensor.numel())] if tensor.numel() and rank in replicas else [])
+        return Holding(runs=whole, replicas=replicas, signature=f"replicas={len(replicas)}")
+    mesh = tensor.device_mesh
+    placements = tuple(tensor.placements)
+    _refuse_unsupported(name, placements)
+    mesh_ranks = sorted(mesh.mesh.flatten().tolist())
+    if mesh_ranks != list(range(world_size)):
+        raise UnsupportedPlacement(
+            f"{name}: its mesh {mesh} spans ranks {mesh_ranks} but the job has ranks 0..{world_size - 1}; "
+            "a tensor must be distributed over a mesh that spans all ranks of the job"
+        )
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "a rank of a mesh that spans all ranks has a coordinate"
+    shape = tuple(tensor.shape)
+    per_dim = [
+        _held_along(size, _shards_of(dim, placements, tuple(mesh.mesh.shape)), tuple(coordinate))
+        for dim, size in enumerate(shape)
+    ]
+    for dim, size in enumerate(shape):
+        _prove_partition(name, dim, size, _shards_of(dim, placements, tuple(mesh.mesh.shape)))
+    expected = tuple(sum(length for _, length in intervals) for intervals in per_dim)
+    local_shape = tuple(tensor._local_tensor.shape)
+    if math.prod(expected) != tensor._local_tensor.numel():
+        raise UnsupportedPlacement(
+            f"{name}: this rank's shard has shape {local_shape} but {placements} of {shape} over "
+            f"{tuple(mesh.mesh.shape)} devices makes it {expected}"
+        )
+    index = tuple(slice(None) if isinstance(p, Replicate) else c for p, c in zip(placements, coordinate, strict=True))
+    return Holding(
+        runs=_flat_runs(shape, per_dim),
+        replicas=tuple(mesh.mesh[index].flatten().tolist()),
+        signature=f"{placements} on {tuple(mesh.mesh.shape)}",
+    )
+
+
+def _refuse_unsupported(name: str, placements: Sequence[Placement]) -> None:
+    for placement in placements:
+        if not isinstance(placement, (Shard, _StridedShard, Replicate)):
+            raise UnsupportedPlacement(
+                f"{name}: placement {placement} holds no final values; redistribute the tensor to Shard or Replicate"
+            )
+    strided_dims = [p.dim for p in placements if isinstance(p, _StridedShard)]
+    for dim in set(strided_dims):
+        if strided_dims.count(dim) > 1:
+            # torch's own full_tensor() returns wrong values there, so there is nothing to be equal to.
+            raise UnsupportedPlacement(
+                f"{name}: two _StridedShard on dimension {dim} ({tuple(placements)}); torch itself cannot "
+                "reassemble such a tensor. Shard that dimension over one mesh dimension fewer"
+            )
+
+
+_DimShards = tuple[tuple[int, int, int], ...]  # (mesh dimension, its size, split factor; 1 for a plain Shard)
+
+
+def _shards_of(dim: int, placements: Sequence[Placement], mesh_shape: tuple[int, ...]) -> _DimShards:
+    return tuple(
+        (mesh_dim, mesh_shape[mesh_dim], int(p.split_factor) if isinstance(p, _StridedShard) else 1)
+        for mesh_dim, p in enumerate(placements)
+        if isinstance(p, (Shard, _StridedShard)) and p.dim == dim
+    )
+
+
+@lru_cache(maxsize=4096)
+def _held_along(size: int, shards: _DimShards, coordinate: tuple[int, ...]) -> Intervals:
+    """The indices of one dimension that the rank at `coordinate` holds, sharded mesh dimension by mesh dimension."""
+    held: Intervals = ((0, size),)
+    for mesh_dim, parts, split_factor in shards:
+        blocks = _chunks(held, split_factor)
+        held = tuple(piece for block in blocks for piece in _chunks(block, parts)[coordinate[mesh_dim]])
+    return tuple((start, length) for start, length in held if length)
+
+
+def _chunks(intervals: Intervals, parts: int) -> list[Intervals]:
+    """Cut a list of intervals as torch.chunk does, padded with empty chunks to exactly `parts`."""
+    total = sum(length for _, length in intervals)
+    step = -(-total // parts)
+    return [_cut(intervals, min(i * step, total), min((i + 1) * step, total)) for i in range(parts)]
+
+
+def _cut(intervals: Intervals, begin: int, end: int) -> Intervals:
+    cut, position = [], 0
+    for start, length in intervals:
+        low, high = max(begin, position), min(end, position + length)
+        if low < high:
+            cut.append((start + low - position, high - low))
+        position += length
+    return tuple(cut)
+
+
+@lru_cache(maxsize=4096)
+def _partitions(size: int, shards: _DimShards) -> bool:
+    """Whether the ranks' index sets along one dimension tile it: each index exactly once."""
+    held = ((0, size),)
+    pieces: list[Intervals] = [held]
+    for _, parts, split_factor in shards:
+        pieces = [
+            tuple(x for block in _chunks(piece, split_factor) for x in _chunks(block, parts)[part])
+            for piece in pieces
+            for part in range(parts)
+        ]
+    position = 0
+    for start, length in sorted(interval for piece in pieces for interval in piece):
+        if start != position:
+            return False
+        position += length
+    return position == size
+
+
+def _prove_partition(name: str, dim: int, size: int, shards: _DimShards) -> None:
+    if not _partitions(size, shards):
+        raise UnsupportedPlacement(f"{name}: the shards along dimension {dim} (size {size}) do not tile it: {shards}")
+
+
+def _flat_runs(shape: tuple[int, ...], per_dim: list[Intervals]) -> Runs:
+    """The product of the intervals of all dimensions, as flat runs global -> local, ascending in the global tensor."""
+    if any(not intervals for intervals in per_dim):
+        return Runs.of([])
+    # Dimensions behind the last one that is cut are whole, so a run spans them.
+    whole_from = len(shape)
+    while whole_from > 0 and per_dim[whole_from - 1] == ((0, shape[whole_from - 1]),):
+        whole_from -= 1
+    row = math.prod(shape[whole_from:])
+    global_start = np.zeros(1, dtype=np.int64)
+    local_start = np.zeros(1, dtype=np.int64)
+    length = np.array([row], dtype=np.int64)
+    global_row = local_row = row
+    for dim in range(whole_from - 1, -1, -1):
+        intervals = np.array(per_dim[dim], dtype=np.int64)
+        if dim == whole_from - 1:  # a run spans a whole interval of the innermost cut dimension ...
+            global_start = intervals[:, 0] * row
+            length = intervals[:, 1] * row
+            local_start = np.cumsum(length) - length
+        else:  # ... and is repeated for each index of the dimensions outside of it
+            index = np.concatenate([np.arange(start, start + count) for start, count in per_dim[dim]])
+            global_start = (index[:, None] * global_row + global_start[None, :]).reshape(-1)
+            local_start = (np.arange(len(index))[:, None] * local_row + local_start[None, :]).reshape(-1)
+            length = np.tile(length, len(index))
+        global_row *= shape[dim]
+        local_row *= int(intervals[:, 1].sum())
+    order = np.argsort(global_start, kind="stable")
+    zeros = np.zeros(len(order), dtype=np.int64)
+    return coalesce(Runs(global_start[order], zeros, local_start[order], length[order]))

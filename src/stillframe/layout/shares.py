@@ -1,0 +1,227 @@
+"""A layout and a distribution -> this rank's share: which bytes of which file it writes, from where in its arena.
+
+Every rank computes its own share alone. Together the shares cover every byte of every file exactly once, because each
+step partitions: the items tile their file, their runs tile the items, the holdings of the ranks tile each tensor
+(proven per dimension in `placement`), and what several ranks hold alike is cut into parts (`balance`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stillframe.errors import CoverageError
+from stillframe.layout.balance import fair_part
+from stillframe.layout.placement import Holding
+from stillframe.layout.runs import Ints, Runs, overlap
+from stillframe.records import Copy, Envelope, Extent, FileShare, Layout, RankShare, WritePlan
+
+_PAGE_BYTES = 4096
+_LINE_BYTES = 64
+_PAGE_ALIGN_FROM_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedItem:
+    """An item of a file and what it consists of: an envelope's `content`, or `runs` of elements of tensors."""
+
+    file: int
+    file_offset: int
+    length_bytes: int
+    content: bytes = b""
+    runs: Runs | None = None
+    element_bytes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """Columns of byte runs: where in which file, of which item, from where in which source (-1: an envelope)."""
+
+    file: Ints
+    file_offset: Ints
+    length: Ints
+    item: Ints
+    source: Ints
+    source_offset: Ints
+
+    def take(self, index: Ints) -> _Pieces:
+        return _Pieces(*(column[index] for column in self.columns()))
+
+    def columns(self) -> tuple[Ints, ...]:
+        return (self.file, self.file_offset, self.length, self.item, self.source, self.source_offset)
+
+    def in_file_order(self) -> _Pieces:
+        return self.take(np.lexsort((self.file_offset, self.file)))
+
+    @staticmethod
+    def concatenate(parts: Sequence[_Pieces]) -> _Pieces:
+        return _Pieces(*(np.concatenate(columns) for columns in zip(*(p.columns() for p in parts), strict=True)))
+
+
+def rank_share(
+    layout: Layout,
+    items: Sequence[PlacedItem],
+    sources: Sequence[str],
+    holdings: Mapping[str, Holding],
+    *,
+    rank: int,
+    plan_id: int,
+) -> RankShare:
+    """The share of `rank` in `layout`. `items` are those of `layout.files`, in order; `Runs.source` indexes `sources`.
+
+    Envelopes go round robin over the ranks. Raises CoverageError if items do not tile their files.
+    """
+    prove_coverage(layout, items)
+    held = _held(items, sources, holdings)
+    mine = [_envelopes(items, rank, layout.world_size)]
+    for replicas, pieces in held.items():
+        pieces = pieces.in_file_order()
+        if len(replicas) > 1:
+            index, skip, length = fair_part(
+                pieces.file_offset, pieces.length, part=replicas.index(rank), parts=len(replicas)
+            )
+            part = pieces.take(index)
+            pieces = _Pieces(
+                part.file, part.file_offset + skip, length, part.item, part.source, part.source_offset + skip
+            )
+        mine.append(pieces)
+    pieces = _Pieces.concatenate(mine).in_file_order()
+    arena_offset, arena_bytes = _arena_offsets(pieces)
+    copies, envelopes = [], []
+    for place, length, item, source, offset in zip(
+        *(c.tolist() for c in (arena_offset, pieces.length, pieces.item, pieces.source, pieces.source_offset)),
+        strict=True,
+    ):
+        if source < 0:
+            envelopes.append(Envelope(arena_offset=place, content=items[item].content))
+        else:
+            copies.append(Copy(tensor=sources[source], tensor_offset=offset, arena_offset=place, length_bytes=length))
+    plan = WritePlan(
+        plan_id=plan_id,
+        rank=rank,
+        world_size=layout.world_size,
+        layout_digest=layout.digest,
+        arena_bytes=arena_bytes,
+        files=_file_shares(layout, pieces, arena_offset),
+    )
+    return RankShare(plan=plan, copies=tuple(copies), envelopes=tuple(envelopes))
+
+
+def prove_coverage(layout: Layout, items: Sequence[PlacedItem]) -> None:
+    """Raise CoverageError unless the items tile every file from its first byte to its last."""
+    ends = [0] * len(layout.files)
+    for item in items:
+        file = layout.files[item.file]
+        if item.file_offset != ends[item.file]:
+            raise CoverageError(f"{file.name}: bytes {ends[item.file]} to {item.file_offset} are covered wrongly")
+        ends[item.file] += item.length_bytes
+        if item.runs is None:
+            tiled = len(item.content) == item.length_bytes
+        else:
+            tiled = item.runs.covers(item.length_bytes // item.element_bytes)
+        if not tiled:
+            raise CoverageError(f"{file.name}: the item at offset {item.file_offset} is not covered by its parts")
+    for file, end in zip(layout.files, ends, strict=True):
+        if end != file.size_bytes:
+            raise CoverageError(f"{file.name}: has {file.size_bytes} bytes, of which {end} are covered")
+
+
+def _envelopes(items: Sequence[PlacedItem], rank: int, world_size: int) -> _Pieces:
+    index = [i for i, item in enumerate(items) if item.runs is None and item.file % world_size == rank]
+    rows = [(items[i].file, items[i].file_offset, items[i].length_bytes, i, -1, 0) for i in index]
+    table = np.array(rows, dtype=np.int64).reshape(-1, 6)
+    return _Pieces(*(table[:, c] for c in range(6)))
+
+
+def _held(
+    items: Sequence[PlacedItem], sources: Sequence[str], holdings: Mapping[str, Holding]
+) -> dict[tuple[int, ...], _Pieces]:
+    """The byte runs of all items that this rank holds, by the ranks that hold the same."""
+    columns: list[list[Ints]] = [[] for _ in range(6)]
+    for i, item in enumerate(items):
+        if item.runs is None or not len(item.runs):
+            continue
+        n, size = len(item.runs), item.element_bytes
+        constant = (np.full(n, item.file), np.full(n, i))
+        for column, values in zip(
+            columns,
+            (
+                constant[0],
+                item.file_offset + item.runs.start * size,
+                item.runs.length * size,
+                constant[1],
+                item.runs.source,
+                item.runs.source_start * size,
+            ),
+            strict=True,
+        ):
+            column.append(values)
+    if not columns[0]:
+        return {}
+    pieces = _Pieces(*(np.concatenate(c) for c in columns))
+    element_bytes = np.array([item.element_bytes for item in items], dtype=np.int64)
+    pieces = pieces.take(np.argsort(pieces.source, kind="stable"))
+    borders = np.searchsorted(pieces.source, np.arange(len(sources) + 1))
+    held: dict[tuple[int, ...], list[_Pieces]] = defaultdict(list)
+    for s, name in enumerate(sources):
+        low, high = int(borders[s]), int(borders[s + 1])
+        holding = holdings[name]
+        if low == high or not len(holding.runs):
+            continue
+        wanted = pieces.take(np.arange(low, high))
+        size = int(element_bytes[wanted.item[0]])
+        runs = holding.runs
+        a, b, start, length = overlap(wanted.source_offset, wanted.length, runs.start * size, runs.length * size)
+        skip = start - wanted.source_offset[a]
+        part = wanted.take(a)
+        local = runs.source_start[b] * size + (start - runs.start[b] * size)
+        held[holding.replicas].append(
+            _Pieces(part.file, part.file_offset + skip, length, part.item, part.source, local)
+        )
+    return {replicas: _Pieces.concatenate(parts) for replicas, parts in held.items()}
+
+
+def _arena_offsets(pieces: _Pieces) -> tuple[Ints, int]:
+    """Where each piece lies in the arena: neighbours in a file are neighbours in memory.
+
+    A long run starts at the same offset within a page as it has in its file, which direct I/O needs; a short one
+    at the same offset within a cache line, which keeps every element aligned.
+    """
+    n = len(pieces.file)
+    if n == 0:
+        return np.zeros(0, dtype=np.int64), 0
+    ends = pieces.file_offset + pieces.length
+    continues = (pieces.file[1:] == pieces.file[:-1]) & (pieces.file_offset[1:] == ends[:-1])
+    heads = np.flatnonzero(np.concatenate(([True], ~continues)))
+    run_length = np.add.reduceat(pieces.length, heads)
+    position, starts = 0, []
+    for file_offset, length in zip(pieces.file_offset[heads].tolist(), run_length.tolist(), strict=True):
+        grain = _PAGE_BYTES if length >= _PAGE_ALIGN_FROM_BYTES else _LINE_BYTES
+        position += (file_offset - position) % grain
+        starts.append(position)
+        position += length
+    run_of = np.repeat(np.arange(len(heads)), np.diff(np.append(heads, n)))
+    into_run = pieces.file_offset - pieces.file_offset[heads][run_of]
+    return np.array(starts, dtype=np.int64)[run_of] + into_run, position
+
+
+def _file_shares(layout: Layout, pieces: _Pieces, arena_offset: Ints) -> tuple[FileShare, ...]:
+    """Pieces as extents: neighbours of one item become one extent, of different items stay apart (one CRC each)."""
+    extents: dict[int, list[Extent]] = defaultdict(list)
+    if len(pieces.file):
+        ends = pieces.file_offset + pieces.length
+        joins = (pieces.item[1:] == pieces.item[:-1]) & (pieces.file_offset[1:] == ends[:-1])
+        heads = np.flatnonzero(np.concatenate(([True], ~joins)))
+        lengths = np.add.reduceat(pieces.length, heads)
+        for file, file_offset, place, length in zip(
+            *(c.tolist() for c in (pieces.file[heads], pieces.file_offset[heads], arena_offset[heads], lengths)),
+            strict=True,
+        ):
+            extents[file].append(Extent(file_offset=file_offset, arena_offset=place, length_bytes=length))
+    return tuple(
+        FileShare(name=layout.files[f].name, size_bytes=layout.files[f].size_bytes, extents=tuple(extents[f]))
+        for f in sorted(extents)
+    )

@@ -1,0 +1,39 @@
+"""The arena: page-aligned shared memory, allocated and touched once, that the writer process maps too."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import torch
+
+from stillframe.errors import StillframeError
+
+
+class Arena:
+    """`arena_bytes` of shared memory behind a descriptor (memfd), zeroed and resident when the constructor returns.
+
+    A memfd counts neither against the size of /dev/shm nor as a file that outlives its processes: the memory goes when
+    the last process that holds it ends, however it ends. Raises StillframeError if the memory cannot be had.
+    """
+
+    def __init__(self, arena_bytes: int) -> None:
+        self.size_bytes = max(mmap.PAGESIZE, -(-arena_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        self.fd = os.memfd_create("stillframe-arena", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, self.size_bytes)
+            # Populating now takes the page faults (and any lack of memory) here, not in the first save.
+            self._map = mmap.mmap(self.fd, self.size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        except OSError as error:
+            os.close(self.fd)
+            raise StillframeError(
+                f"cannot allocate {self.size_bytes} bytes of shared memory for this rank's snapshot: {error.strerror}"
+            ) from error
+        self.bytes: torch.Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        """The whole arena as a flat uint8 tensor."""
+
+    def close(self) -> None:
+        """Give the descriptor back. The mapping goes with its last view; the memory when the writer lets go too."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

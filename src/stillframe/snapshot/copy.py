@@ -1,0 +1,90 @@
+"""Copying this rank's own bytes of its tensors into the arena."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from stillframe.records import Copy, Envelope
+from stillframe.snapshot.arena import Arena
+
+
+class Snapshotter:
+    """Takes snapshots of one set of tensors into one arena; made once per layout, then only copies.
+
+    `tensors` are the model's own objects (parameters, buffers), by the names that `copies` use. The views of their
+    memory are kept and reused while that memory stays where it is; what moved (an optimizer that swaps `.data`,
+    `model.to`) is looked up again.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], copies: Sequence[Copy], envelopes: Sequence[Envelope], arena: Arena
+    ) -> None:
+        self._arena = arena
+        self._copies = copies
+        used = {copy.tensor for copy in copies}
+        self._tensors = {name: tensor for name, tensor in tensors.items() if name in used}
+        self._targets = [arena.bytes[c.arena_offset : c.arena_offset + c.length_bytes] for c in copies]
+        self._origins: list[torch.Tensor] = []
+        self._addresses: list[int] = []
+        for envelope in envelopes:
+            content = torch.frombuffer(bytearray(envelope.content), dtype=torch.uint8)
+            arena.bytes[envelope.arena_offset : envelope.arena_offset + len(content)].copy_(content)
+        self.staged_bytes = sum(c.length_bytes for c in copies) + sum(len(e.content) for e in envelopes)
+
+    @torch.no_grad()
+    def copy(self) -> None:
+        """Copy every byte of this rank's share into the arena; when it returns, the tensors may change again.
+
+        Blocks for the copy. Ordered after all work queued on the current stream of the tensors' device.
+        """
+        locals_ = {name: local_of(tensor) for name, tensor in self._tensors.items()}
+        strided = {name for name, local in locals_.items() if not local.is_contiguous()}
+        addresses = [local.data_ptr() for local in locals_.values()]
+        if strided or addresses != self._addresses:
+            flat = {name: local.detach().contiguous().view(-1).view(torch.uint8) for name, local in locals_.items()}
+            self._origins = [flat[c.tensor][c.tensor_offset : c.tensor_offset + c.length_bytes] for c in self._copies]
+            # A tensor that is not contiguous was copied just now: its bytes must not be taken for the next snapshot's.
+            self._addresses = [] if strided else addresses
+        if self._targets:
+            torch._foreach_copy_(self._targets, self._origins)
+        if strided:
+            self._origins = []
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of `tensor` on this rank. (`DTensor.to_local` does the same through autograd, 30 times slower.)"""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+class Watched:
+    """Tells in a few microseconds per hundred tensors whether a model still has the tensors it was planned with."""
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        slots = {id(tensor): name for name, tensor in tensors.items()}
+        self._slots: list[tuple[Mapping[str, torch.Tensor | None], str, torch.Tensor, torch.Size, torch.dtype]] = []
+        self._reshards: list[Callable[[], None]] = []
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                self._reshards.append(module.reshard)
+            for table in (module._parameters, module._buffers):
+                for key, tensor in table.items():
+                    if tensor is not None and id(tensor) in slots:
+                        self._slots.append((table, key, tensor, local_of(tensor).shape, tensor.dtype))
+
+    def reshard(self) -> None:
+        """Put FSDP parameters back into their sharded state, as `state_dict()` would: a forward without a backward
+        (evaluation) leaves them gathered."""
+        for reshard in self._reshards:
+            reshard()
+
+    def unchanged(self) -> bool:
+        """Whether every tensor is the object, of the shape and dtype, that it was."""
+        return all(
+            table.get(key) is tensor and local_of(tensor).shape == shape and tensor.dtype == dtype
+            for table, key, tensor, shape, dtype in self._slots
+        )
