@@ -1,0 +1,1 @@
+"""Which checkpoints exist: the run directory is the database."""

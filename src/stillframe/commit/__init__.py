@@ -1,0 +1,1 @@
+"""Receipts -> one published directory: the ranks vote, rank 0 proves coverage and renames."""

@@ -1,0 +1,201 @@
+"""Rank 0's part of an attempt: make the hidden directory, prove from the receipts that it is whole, publish it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from awscrt.checksums import combine_crc64nvme
+
+from stillframe import durable, names
+from stillframe.errors import CheckpointExists, InsufficientSpace, LoadError, SaveFailed
+from stillframe.manifest import FileEntry, Manifest, TensorEntry, encode_manifest, read_manifest
+from stillframe.records import FileLayout, InlineFile, Layout, Receipt, WrittenExtent
+
+
+class Publication:
+    """One attempt to publish `layout` as `<run_dir>/<kind>-<step>`, driven by rank 0: `prepare`, `publish` or `give_up`."""
+
+    def __init__(self, run_dir: Path, layout: Layout, *, step: int, attempt: str, overwrite: bool) -> None:
+        self._run_dir = run_dir
+        self._layout = layout
+        self._step = step
+        self._attempt = attempt
+        self._overwrite = overwrite
+        self.final_dir = names.published_path(run_dir, layout.kind, step)
+        self.hidden_dir = names.incomplete_path(run_dir, layout.kind, step)
+        self._retired_dir = names.retired_path(run_dir, layout.kind, step, attempt)
+
+    def prepare(self, inline_files: Sequence[InlineFile]) -> None:
+        """Make the hidden directory, empty but for the attempt's marker; durable on return.
+
+        Before anything is made: refuses a step that is published (unless overwriting, and then only what is recognised
+        as a checkpoint), and a file system without room. What an earlier attempt at this step left behind is removed.
+        """
+        self._refuse_existing()
+        if os.path.lexists(self.hidden_dir):
+            # A writer of a killed run may still be at work in there: its files go with the renamed directory, and the
+            # marker of this attempt tells it that the new directory of this name is not its own.
+            durable.retire(self.hidden_dir, self._retired_dir)
+        self._refuse_lack_of_space(sum(len(file.content) for file in inline_files))
+        self.hidden_dir.mkdir()
+        (self.hidden_dir / names.WORK_DIR_NAME).mkdir()
+        durable.write_file(self.hidden_dir / names.marker_name(self._attempt), self._layout.digest.encode())
+        durable.fsync_dir(self.hidden_dir / names.WORK_DIR_NAME)
+        durable.fsync_dir(self.hidden_dir)
+        durable.fsync_dir(self._run_dir)
+
+    def _refuse_existing(self) -> None:
+        if not os.path.lexists(self.final_dir):
+            return
+        if not self._overwrite:
+            raise self._failed(CheckpointExists, "it exists already; pass overwrite=True to replace it", "prepare")
+        try:
+            read_manifest(self.final_dir)
+        except LoadError as error:
+            reason = f"it exists and is not a checkpoint of stillframe ({error}); move it away"
+            raise self._failed(CheckpointExists, reason, "prepare") from error
+        if not durable.can_exchange(self._run_dir, self._attempt):
+            reason = (
+                "this file system cannot exchange two directories in one step (renameat2 RENAME_EXCHANGE), so a published "
+                "checkpoint cannot be replaced without a moment in which there is none; delete it first"
+            )
+            raise self._failed(CheckpointExists, reason, "prepare")
+
+    def _refuse_lack_of_space(self, inline_bytes: int) -> None:
+        needed = self._layout.total_bytes + inline_bytes
+        stat = os.statvfs(self._run_dir)
+        free = stat.f_bavail * stat.f_frsize
+        if free < needed:
+            reason = f"{needed} bytes are needed and {free} are free on the file system of {self._run_dir}"
+            raise self._failed(InsufficientSpace, reason, "prepare")
+
+    def publish(
+        self,
+        receipts: Sequence[Receipt],
+        *,
+        sequence: int,
+        git_commit: str | None,
+        versions: Mapping[str, str],
+    ) -> None:
+        """Prove coverage, write the manifest, rename. Published and durable on return.
+
+        Raises SaveFailed, with nothing published, if the receipts or the files on disk leave any doubt.
+        """
+        files, tensors = self._prove(receipts)
+        written = [receipt.bytes_written for receipt in receipts]
+        manifest = Manifest(
+            kind=self._layout.kind,
+            step=self._step,
+            attempt=self._attempt,
+            sequence=sequence,
+            world_size=self._layout.world_size,
+            layout_digest=self._layout.digest,
+            published_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            git_commit=git_commit,
+            versions=dict(versions),
+            balance=round(max(written) * len(written) / max(sum(written), 1), 4),
+            files=files,
+            tensors=tensors,
+        )
+        durable.write_file(self.hidden_dir / names.MANIFEST_NAME, encode_manifest(manifest))
+        # The manifest proves what the receipts proved; it must be durable before they go.
+        durable.fsync_dir(self.hidden_dir)
+        shutil.rmtree(self.hidden_dir / names.WORK_DIR_NAME)
+        durable.fsync_dir(self.hidden_dir)
+        if self._overwrite and os.path.lexists(self.final_dir):
+            durable.exchange(self.hidden_dir, self.final_dir)
+            durable.retire(self.hidden_dir, self._retired_dir)
+        else:
+            durable.publish(self.hidden_dir, self.final_dir)
+
+    def give_up(self) -> None:
+        """Remove what there is of the attempt. The writers have ended, or were given up on."""
+        with suppress(FileNotFoundError):
+            durable.retire(self.hidden_dir, self._retired_dir)
+
+    def _prove(self, receipts: Sequence[Receipt]) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
+        """Every byte of every file is in exactly one extent of the receipts, and every file has its size on disk."""
+        self._check_receipts(receipts)
+        extents: dict[str, list[WrittenExtent]] = defaultdict(list)
+        sizes: dict[str, int] = {}
+        for receipt in receipts:
+            for file in receipt.files:
+                if sizes.setdefault(file.name, file.size_bytes) != file.size_bytes:
+                    raise self._uncovered(f"{file.name}: rank {receipt.rank} knows it with another size than its peers")
+                extents[file.name].extend(file.extents)
+        layouts = {file.name: file for file in self._layout.files}
+        absent = sorted(layouts.keys() - extents.keys())
+        if absent:
+            raise self._uncovered(f"{absent[0]}: no rank wrote any of it")
+        files: dict[str, FileEntry] = {}
+        tensors: dict[str, TensorEntry] = {}
+        for name in sorted(extents):
+            size = layouts[name].size_bytes if name in layouts else sizes[name]
+            ordered = sorted(extents[name], key=lambda extent: extent.file_offset)
+            self._prove_tiling(name, ordered, size)
+            on_disk = (self.hidden_dir / name).lstat().st_size
+            if on_disk != size:
+                raise self._uncovered(f"{name}: has {on_disk} bytes on disk, not {size}")
+            if name in layouts:
+                tensors.update(self._tensor_entries(layouts[name], ordered))
+            files[name] = FileEntry(size=size, crc64nvme=f"{_combined(ordered):016x}")
+        return files, tensors
+
+    def _check_receipts(self, receipts: Sequence[Receipt]) -> None:
+        own = (self._layout.kind, self._step, self._attempt, self._layout.world_size, self._layout.digest)
+        for rank, receipt in enumerate(receipts):
+            said = (receipt.kind, receipt.step, receipt.attempt, receipt.world_size, receipt.layout_digest)
+            if receipt.rank != rank or said != own:
+                raise self._uncovered(f"the receipt of rank {rank} is of another attempt: {receipt.rank}, {said}")
+        if len(receipts) != self._layout.world_size:
+            raise self._uncovered(f"{len(receipts)} receipts for {self._layout.world_size} ranks")
+
+    def _prove_tiling(self, name: str, ordered: Sequence[WrittenExtent], size: int) -> None:
+        position = 0
+        for extent in ordered:
+            if extent.file_offset != position:
+                what = "written by no rank" if extent.file_offset > position else "written twice"
+                low, high = sorted((extent.file_offset, position))
+                raise self._uncovered(f"{name}: bytes {low} to {high} were {what}")
+            position += extent.length_bytes
+        if position != size:
+            raise self._uncovered(f"{name}: {position} of {size} bytes were written")
+
+    def _tensor_entries(self, file: FileLayout, ordered: Sequence[WrittenExtent]) -> dict[str, TensorEntry]:
+        entries: dict[str, TensorEntry] = {}
+        index = 0
+        for item in file.items:
+            end = item.file_offset + item.length_bytes
+            parts = []
+            while index < len(ordered) and ordered[index].file_offset < end:
+                parts.append(ordered[index])
+                index += 1
+            if sum(part.length_bytes for part in parts) != item.length_bytes:
+                raise self._uncovered(f"{file.name}: an extent crosses the border of {item.name or 'the header'}")
+            if item.name:
+                entries[item.name] = TensorEntry(
+                    file=file.name,
+                    offset=item.file_offset,
+                    size=item.length_bytes,
+                    crc64nvme=f"{_combined(parts):016x}",
+                )
+        return entries
+
+    def _uncovered(self, reason: str) -> SaveFailed:
+        return self._failed(SaveFailed, reason, "vote")
+
+    def _failed(self, cls: type[SaveFailed], reason: str, stage: str) -> SaveFailed:
+        return cls(reason, step=self._step, rank=0, stage=stage, path=self.final_dir)
+
+
+def _combined(extents: Sequence[WrittenExtent]) -> int:
+    crc = 0
+    for extent in extents:
+        crc = combine_crc64nvme(crc, extent.crc64nvme, extent.length_bytes)
+    return crc
