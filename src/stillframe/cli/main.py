@@ -1,0 +1,119 @@
+"""`stillframe`: the commands, their help, and how errors reach the shell.
+
+Exit status: 0 done; 2 what was asked for is wrong (one line on stderr says what); 130 interrupted; 1 anything else,
+with its traceback. Each command imports what it needs when it runs, so that `--help` and `--version` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from stillframe import __version__
+from stillframe.errors import LayoutError, LoadError, OptionError, RunDirectoryError
+
+USER_ERRORS = (OptionError, RunDirectoryError, LayoutError, LoadError)
+"""What the user can put right; their messages say how, so a traceback would only hide them."""
+
+LOCAL_RANK_ZERO_SPEAKS_S = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.command(arguments)
+    except USER_ERRORS as error:
+        _report(f"stillframe {arguments.name}: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        if _local_rank() == 0:
+            sys.stderr.write(f"stillframe {arguments.name}: interrupted\n")
+        return 130
+    return status
+
+
+def _report(line: str) -> None:
+    """Write one line to stderr, once per host: local rank 0 speaks, and its end makes the launcher end the others.
+
+    A rank that is still there after `LOCAL_RANK_ZERO_SPEAKS_S` is alone with its error, and says it itself.
+    """
+    local_rank = _local_rank()
+    if local_rank != 0:
+        time.sleep(LOCAL_RANK_ZERO_SPEAKS_S)
+        line = f"[local rank {local_rank}] {line}"
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _local_rank() -> int:
+    """As the launcher counts this host's ranks; 0 without one."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stillframe",
+        description="Asynchronous, crash-safe checkpoints for distributed PyTorch training.",
+    )
+    parser.add_argument("--version", action="version", version=f"stillframe {__version__}")
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_list(commands)
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a Transformers model, exporting Hugging Face checkpoints meanwhile",
+        description=(
+            "Train the model of CONFIG.toml and export it as Hugging Face checkpoints RUN_DIR/hf-STEP while it trains. "
+            "On several devices or processes, start it with torchrun:\n\n"
+            "  torchrun --nproc-per-node 8 -m stillframe train CONFIG.toml\n\n"
+            "Without torchrun it trains in this process alone."
+        ),
+        epilog="The keys of CONFIG.toml, what rank 0 prints and what it leaves in RUN_DIR: docs/trainer.md.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="the configuration")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, such as training.total_steps=100; the value is TOML, or else a plain string; repeatable",
+    )
+    parser.set_defaults(command=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from stillframe.train.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from stillframe.train.loop import train  # after the configuration is known to be right: it imports torch
+
+    train(config)
+    return 0
+
+
+def _add_list(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "list",
+        help="list the published checkpoints of a run directory",
+        description="List the checkpoints of RUN_DIR that are published, and so complete, oldest step first.",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run directory")
+    parser.set_defaults(command=_list)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from stillframe.cli.listing import format_checkpoints
+
+    sys.stdout.write(format_checkpoints(arguments.run_dir))
+    return 0

@@ -1,0 +1,220 @@
+"""The trainer's configuration: a TOML file as frozen dataclasses, every key validated here.
+
+The dataclasses below are the reference of the keys: section by section, with their rules and defaults. A key that is
+not there, a value that its rule refuses or a combination that means nothing is an `OptionError` that names the key,
+where it came from, the value and what is legal. Relative paths are relative to the directory the command runs in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stillframe.errors import OptionError
+from stillframe.train import rules
+from stillframe.train.rules import Rule
+
+Table = dict[str, Any]
+Section = TypeVar("Section")
+
+
+def key(rule: Rule, default: Any = dataclasses.MISSING) -> Any:
+    """A field of a section: its rule, and its default unless it must be given."""
+    return dataclasses.field(default=default, metadata={"rule": rule})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """[model] What is trained: a Transformers directory (`path`), or a fresh model from a `[model.config]` table.
+
+    `tokenizer` is a directory; it defaults to `path`. `dtype` is that of the parameters, the optimizer's state and
+    the exported weights; computing in bfloat16 is `training.compute_dtype`.
+    """
+
+    path: str | None = key(rules.text, None)
+    config: Mapping[str, Any] | None = key(rules.table, None)
+    tokenizer: str | None = key(rules.text, None)
+    dtype: str = key(rules.one_of("float32", "bfloat16"), "float32")
+    activation_checkpointing: bool = key(rules.boolean, False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """[data] JSON Lines files of documents (`{"text": ...}` or `{"messages": [...]}`), packed in `seq_len` tokens."""
+
+    files: tuple[str, ...] = key(rules.list_of(rules.text, of_what="paths", at_least=1))
+    seq_len: int = key(rules.integer(at_least=2))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """[training] How long, how much at once, and where. Exactly one of `total_steps` and `epochs` is given.
+
+    One optimizer step takes `micro_batch_size` sequences per rank, `gradient_accumulation_steps` times.
+    """
+
+    total_steps: int | None = key(rules.integer(at_least=1), None)
+    epochs: int | None = key(rules.integer(at_least=1), None)
+    micro_batch_size: int = key(rules.integer(at_least=1), 1)
+    gradient_accumulation_steps: int = key(rules.integer(at_least=1), 1)
+    compute_dtype: str = key(rules.one_of("float32", "bfloat16"), "float32")
+    device: str = key(rules.one_of("auto", "cpu", "cuda"), "auto")
+    log_interval: int = key(rules.integer(at_least=1), 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """[optimizer] AdamW; the rate rises linearly for `warmup_steps` and falls as a cosine to `lr * min_lr_ratio`.
+
+    `max_grad_norm = inf` leaves gradients unclipped.
+    """
+
+    lr: float = key(rules.number(above=0), 3e-4)
+    min_lr_ratio: float = key(rules.number(at_least=0, at_most=1), 0.1)
+    warmup_steps: int = key(rules.integer(at_least=0), 0)
+    betas: tuple[float, float] = key(rules.pair(rules.number(at_least=0, below=1)), (0.9, 0.95))
+    eps: float = key(rules.number(above=0), 1e-8)
+    weight_decay: float = key(rules.number(at_least=0), 0.1)
+    max_grad_norm: float = key(rules.number(above=0, or_inf=True), 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """[export] Hugging Face checkpoints `hf-<step>` in the run directory.
+
+    Without `hf_interval` there is one, at the end; with it, one at each multiple and one at the last step. Without
+    `hf_max_keep` all are kept. With `async_hf_export = false` training waits for each.
+    """
+
+    hf_interval: int | None = key(rules.integer(at_least=1), None)
+    hf_max_keep: int | None = key(rules.integer(at_least=1), None)
+    async_hf_export: bool = key(rules.boolean, True)
+    max_shard_size: str | int = key(rules.size, "50GB")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """The whole file. `hooks` are `"module:name"` of `stillframe.train.hooks.Hook` classes, called in this order."""
+
+    run_dir: str = key(rules.text)
+    seed: int = key(rules.integer(at_least=0), 0)
+    hooks: tuple[str, ...] = key(rules.list_of(rules.text, of_what="'module:name' strings"), ())
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    export: ExportConfig
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "optimizer": OptimizerConfig,
+    "export": ExportConfig,
+}
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read the TOML file at `path`, apply `overrides` ("section.key=value", in order), validate all of it.
+
+    Raises `OptionError`: the file cannot be read or is no TOML; a key is unknown, missing or illegal.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"the configuration {path} is not UTF-8 text") from error
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise OptionError(f"the configuration {path} is not valid TOML: {error}") from error
+    origins = {name: f"--set {override!r}" for override in overrides for name in [_apply_override(table, override)]}
+    return parse_config(table, source=str(path), origins=origins)
+
+
+def _apply_override(table: Table, override: str) -> str:
+    """Set one "section.key=value" in `table`; the value is TOML, or else a bare string. Returns the dotted key."""
+    name, equals, value_text = override.partition("=")
+    name = name.strip()
+    parts = name.split(".")
+    if not equals or not all(parts):
+        raise OptionError(f"--set {override!r}: expected KEY=VALUE, such as training.total_steps=100")
+    try:
+        value: object = tomllib.loads(f"value = {value_text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = value_text.strip()
+    for part in parts[:-1]:
+        inner = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise OptionError(f"--set {override!r}: {part!r} is a value, not a table")
+        table = inner
+    table[parts[-1]] = value
+    return name
+
+
+def parse_config(table: Table, *, source: str, origins: dict[str, str] | None = None) -> TrainConfig:
+    """Validate a table as TOML gives it. `source` names the file in errors, `origins` overrides it per dotted key."""
+    origins = origins or {}
+    table = dict(table)
+    sections = {name: table.pop(name, {}) for name in SECTIONS}
+    for name, inner in sections.items():
+        if not isinstance(inner, dict):
+            raise OptionError(f"{source}: {name} = {inner!r}: must be a table, [{name}]")
+    parsed: Table = {
+        name: _parse_section(kind, sections[name], name, source, origins) for name, kind in SECTIONS.items()
+    }
+    top = _parse_values(TrainConfig, table, "", source, origins)
+    config = TrainConfig(**top, **parsed)
+    _check_together(config, source)
+    return config
+
+
+def _parse_section(kind: type[Section], table: Table, prefix: str, source: str, origins: dict[str, str]) -> Section:
+    return kind(**_parse_values(kind, table, f"{prefix}.", source, origins))
+
+
+def _parse_values(kind: type, table: Table, prefix: str, source: str, origins: dict[str, str]) -> Table:
+    """The values of one section, each through its rule; refuses unknown keys, and missing ones without default."""
+    fields = {field.name: field for field in dataclasses.fields(kind) if "rule" in field.metadata}
+    known = [*fields, *(f"[{name}]" for name in SECTIONS)] if not prefix else list(fields)
+    values = {}
+    for name, value in table.items():
+        where = f"{origins.get(prefix + name, source)}: {prefix}{name}"
+        if name not in fields:
+            raise OptionError(f"{where}: unknown key; known here: {', '.join(known)}")
+        try:
+            values[name] = fields[name].metadata["rule"](value)
+        except rules.Illegal as error:
+            raise OptionError(f"{where} = {value!r}: must be {error}") from error
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise OptionError(f"{source}: {prefix}{name} is missing")
+    return values
+
+
+def _check_together(config: TrainConfig, source: str) -> None:
+    """What no single key can say."""
+    model, training, optimizer = config.model, config.training, config.optimizer
+    if (model.path is None) == (model.config is None):
+        raise OptionError(f"{source}: give exactly one of model.path and a [model.config] table")
+    if model.config is not None and "model_type" not in model.config:
+        raise OptionError(f"{source}: model.config.model_type is missing, such as 'qwen3_moe'")
+    if model.config is not None and model.tokenizer is None:
+        raise OptionError(f"{source}: model.tokenizer is missing; a model from a [model.config] table brings none")
+    if (training.total_steps is None) == (training.epochs is None):
+        raise OptionError(f"{source}: give exactly one of training.total_steps and training.epochs")
+    if training.total_steps is not None and optimizer.warmup_steps > training.total_steps:
+        raise OptionError(
+            f"{source}: optimizer.warmup_steps = {optimizer.warmup_steps}: "
+            f"must be at most training.total_steps = {training.total_steps}"
+        )
+    for hook in config.hooks:
+        module, colon, name = hook.partition(":")
+        if not (module and colon and name):
+            raise OptionError(f"{source}: hooks: {hook!r} must be 'module:name'")

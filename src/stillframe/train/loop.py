@@ -1,0 +1,230 @@
+"""The training loop, from the configuration to the last export; read `Trainer.run` first."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from stillframe.checkpointer import Checkpointer
+from stillframe.errors import OptionError
+from stillframe.train import model as models
+from stillframe.train import optim, parallel
+from stillframe.train.config import TrainConfig
+from stillframe.train.data import IGNORED, Batch, PackedBatches
+from stillframe.train.documents import read_corpus
+from stillframe.train.exports import Exports
+from stillframe.train.hooks import Hook, load_hooks
+from stillframe.train.parallel import Ranks
+from stillframe.train.progress import Progress, StepMetrics
+
+
+def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> None:
+    """Train as `config` says, with the hooks that it names and then `hooks`. Collective over the launcher's ranks.
+
+    On return every export is published and its hooks have run. Raises `OptionError` for a configuration or data that
+    cannot be trained on, other `StillframeError`s as `Checkpointer` and `load_hf` do, and what hooks raise. It does
+    not wait then for other ranks or for what is in flight; the launcher is to end the other ranks.
+    """
+    was_initialized = dist.is_initialized()
+    ranks = parallel.start_ranks(config.training.device)
+    Trainer(config, ranks, [*load_hooks(config.hooks), *hooks]).run()
+    if ranks.is_distributed and not was_initialized:
+        dist.destroy_process_group()
+
+
+class Trainer:
+    """One run, as hooks see it: its parts, and `step`, the number of optimizer steps taken."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, hooks: Sequence[Hook] = ()) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.hooks = list(hooks)
+        self.run_dir = Path(config.run_dir)
+        self.step = 0
+        self.compute_dtype: torch.dtype = getattr(torch, config.training.compute_dtype)
+
+        self.tokenizer = models.load_tokenizer(config.model)
+        self.data = PackedBatches(
+            read_corpus(config.data.files, self.tokenizer),
+            seq_len=config.data.seq_len,
+            micro_batch_size=config.training.micro_batch_size,
+            gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            seed=config.seed,
+        )
+        self.total_steps = config.training.total_steps or self.data.steps_for(config.training.epochs or 1)
+        if config.optimizer.warmup_steps > self.total_steps:
+            raise OptionError(
+                f"optimizer.warmup_steps = {config.optimizer.warmup_steps}: must be at most the "
+                f"{self.total_steps} steps of training.epochs = {config.training.epochs}"
+            )
+        self.model: PreTrainedModel = models.build_model(
+            config.model,
+            vocab_size=len(self.tokenizer),
+            seed=config.seed,
+            compute_dtype=self.compute_dtype,
+            ranks=ranks,
+        )
+        self.aux_loss_coef = _aux_loss_coef(self.model)
+        self.optimizer = optim.build_optimizer(self.model, config.optimizer)
+
+    def run(self) -> None:
+        """Take all steps and exports. Collective."""
+        _make_run_dir(self.run_dir)
+        export = self.config.export
+        with contextlib.ExitStack() as stack:
+            progress = Progress(self.run_dir, rank=self.ranks.rank, total_steps=self.total_steps)
+            stack.callback(progress.close)
+            checkpointer = stack.enter_context(
+                Checkpointer(
+                    self.run_dir,
+                    model=self.model,
+                    tokenizer=self.tokenizer,
+                    max_shard_size=export.max_shard_size,
+                    hf_max_keep=export.hf_max_keep,
+                )
+            )
+            total_epochs = self.data.epoch_at(self.total_steps)
+            exports = Exports(
+                checkpointer,
+                export,
+                self.hooks,
+                progress,
+                total_steps=self.total_steps,
+                total_epochs=total_epochs,
+            )
+            progress.say(self._headline())
+            for hook in self.hooks:
+                hook.connect(self)
+            log = _Window(self)
+            for step in range(1, self.total_steps + 1):
+                checkpointer.check()
+                started_s = time.perf_counter()
+                loss, label_tokens, grad_norm, all_settled = self.train_step(step, exports.is_settled())
+                self.step = step
+                log.add(loss, label_tokens, time.perf_counter() - started_s)
+                if step % self.config.training.log_interval == 0 or step == self.total_steps:
+                    progress.step(log.close(step, grad_norm, exports.in_flight()))
+                if all_settled:
+                    exports.deliver(step)
+                for hook in self.hooks:
+                    hook.after_train_step(step)
+                if exports.is_due(step):
+                    exports.launch(step, self.data.epoch_at(step))
+            exports.deliver(self.total_steps)
+
+    def train_step(self, step: int, is_settled: bool = False) -> tuple[Tensor, int, Tensor, bool]:
+        """One optimizer step. Collective.
+
+        Returns this rank's part of the loss (a sum over its label tokens, on the device), the label tokens of all
+        ranks, the gradients' norm before clipping, and whether `is_settled` was given on all ranks. The gradient is that
+        of the mean loss per label token over all ranks and micro-batches, however unevenly those hold label tokens,
+        plus the mean of the auxiliary losses, where the model's configuration has them.
+        """
+        accumulation = self.config.training.gradient_accumulation_steps
+        batches = [self.data.batch(step, micro_step) for micro_step in range(accumulation)]
+        # One small reduction serves two questions before the step: how to scale the loss, and whether every rank
+        # knows of a publication, so that hooks run at the same step on all of them.
+        label_tokens, settled = self.ranks.sum(sum(batch.label_tokens for batch in batches), is_settled)
+        # FSDP averages gradients over the ranks, so a sum over all tokens needs the world size back.
+        scale = self.ranks.world_size / max(1, label_tokens)
+        loss_sum = torch.zeros((), device=self.ranks.device)
+        for micro_step, batch in enumerate(batches):
+            parallel.set_gradient_sync(self.model, last_micro_step=micro_step == accumulation - 1)
+            token_loss, aux_loss = self.loss(batch)
+            (token_loss * scale + aux_loss / accumulation).backward()  # type: ignore[no-untyped-call]
+            loss_sum += token_loss.detach()
+        grad_norm = optim.clip_gradients(self.model, self.config.optimizer.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = optim.learning_rate(step, self.total_steps, self.config.optimizer)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss_sum, int(label_tokens), grad_norm, settled == self.ranks.world_size
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The cross entropy summed over the batch's label tokens, and the weighted auxiliary (router) loss, or 0."""
+        device = self.ranks.device
+        with parallel.autocast(self.ranks, self.compute_dtype):
+            output = self.model(
+                input_ids=batch.input_ids.to(device),
+                position_ids=batch.position_ids.to(device),
+                use_cache=False,
+            )
+        labels = batch.labels.to(device).flatten()
+        logits = output.logits.flatten(0, 1).float()
+        token_loss = functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        aux_loss = output.get("aux_loss")
+        if aux_loss is None:
+            return token_loss, torch.zeros_like(token_loss)
+        return token_loss, self.aux_loss_coef * aux_loss
+
+    def _headline(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"{type(self.model).__name__.removeprefix('FSDP')}, {parameters / 1e6:.1f} million parameters, "
+            f"{self.config.training.compute_dtype}, on {self.ranks.world_size} x {self.ranks.device.type}; "
+            f"{self.data.tokens_per_epoch:,} tokens an epoch, {self.data.tokens_per_step:,} a step, "
+            f"{self.total_steps} steps"
+        )
+
+
+class _Window:
+    """What happened since the last logged step."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._clear()
+
+    def _clear(self) -> None:
+        self._loss_sum = torch.zeros((), device=self._trainer.ranks.device)
+        self._label_tokens = 0
+        self._steps = 0
+        self._steps_s = 0.0
+        self._started_s = time.perf_counter()
+
+    def add(self, loss: Tensor, label_tokens: int, step_s: float) -> None:
+        self._loss_sum += loss
+        self._label_tokens += label_tokens
+        self._steps += 1
+        self._steps_s += step_s
+
+    def close(self, step: int, grad_norm: Tensor, saving: str | None) -> StepMetrics:
+        """The metrics of the window, and a new window. Collective; waits for the device."""
+        trainer = self._trainer
+        synced_s = time.perf_counter()
+        (loss_sum,) = trainer.ranks.sum(self._loss_sum.item())
+        now_s = time.perf_counter()
+        metrics = StepMetrics(
+            step=step,
+            epoch=trainer.data.epoch_at(step),
+            loss=loss_sum / max(1, self._label_tokens),
+            learning_rate=trainer.optimizer.param_groups[0]["lr"],
+            grad_norm=grad_norm.item(),
+            tokens_per_s=self._steps * trainer.data.tokens_per_step / (now_s - self._started_s),
+            # What the device still had queued belongs to the steps too.
+            step_s=(self._steps_s + now_s - synced_s) / self._steps,
+            saving=saving,
+        )
+        self._clear()
+        return metrics
+
+
+def _aux_loss_coef(model: PreTrainedModel) -> float:
+    """The weight of the router's auxiliary loss, which Transformers adds only to a loss that it computes itself."""
+    return float(getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0))
+
+
+def _make_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"run_dir = {str(run_dir)!r}: cannot be made: {error.strerror}") from error
