@@ -1,0 +1,239 @@
+"""The writer process: `python -P -m stillframe.writer.process <socket fd> <pid of the trainer>`.
+
+It imports no torch, holds nothing of the trainer but the arena's mapping, and lives in a session of its own. The main
+thread talks to the trainer and beats a heartbeat; the writing runs in other threads.
+
+It ends when the trainer closes the connection or dies. A write in hand is finished first, with its receipt left in the
+directory, so that a crash of the trainer does not cost the checkpoint. SIGTERM stops it between two blocks instead,
+without a receipt. SIGINT is ignored: a Ctrl-C means the trainer, and reaches the whole terminal.
+
+    from the trainer                       answers
+    plan {plan}, with the arena's memfd    planned {}, or refused {reason}
+    write {request}, inline files as blob  progress {done_bytes, total_bytes} ..., then receipt {receipt},
+                                           or failed {reason, errno, file_name}
+    close {}                               none; the process ends
+
+Before all, it says ready {pid, python}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import platform
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import FrameType
+from typing import Any
+
+from stillframe.records import Receipt
+from stillframe.writer.attempt import CutPlan, ForeignDirectory, cut_plan, total_bytes, write_attempt
+from stillframe.writer.directory import FileWriteError
+from stillframe.writer.files import Stopped
+from stillframe.writer.framing import Connection, Frame, PeerGone, ProtocolError
+from stillframe.writer.messages import plan_from_object, receipt_to_object, request_from_object
+
+_PROGRESS_INTERVAL_S = 0.25
+_HEARTBEAT_INTERVAL_S = 1.0
+# How long the trainer may leave an answer unread (a debugger has stopped it, say) before it counts as gone.
+_ANSWER_TIMEOUT_S = 600.0
+_IDLE_WAIT_S = 3600.0
+
+
+class _Arena:
+    """The trainer's arena, mapped read-only; an arena of no bytes needs no mapping."""
+
+    def __init__(self, memory_fd: int, arena_bytes: int) -> None:
+        size_bytes = os.fstat(memory_fd).st_size
+        if size_bytes < arena_bytes:
+            raise ValueError(f"the plan needs an arena of {arena_bytes} bytes, and the descriptor has {size_bytes}")
+        self._map = mmap.mmap(memory_fd, size_bytes, access=mmap.ACCESS_READ) if arena_bytes else None
+        self.view = memoryview(self._map if self._map is not None else b"")[:arena_bytes]
+
+    def close(self) -> None:
+        self.view.release()
+        if self._map is not None:
+            self._map.close()
+
+
+class _Work:
+    """A write in hand: its thread, and how far it is."""
+
+    def __init__(self, future: Future[Receipt], all_bytes: int) -> None:
+        self.future = future
+        self.all_bytes = all_bytes
+        self.reported_bytes = -1
+        self.reported_at_s = float("-inf")
+
+
+class _Writer:
+    """The main thread's state: at most one plan, at most one write in hand."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="stillframe-attempt")
+        self._cut: CutPlan | None = None
+        self._arena: _Arena | None = None
+        self._work: _Work | None = None
+        self._stop = threading.Event()
+        self._done_bytes = 0
+        self._done_lock = threading.Lock()
+        self._trainer_gone = False
+        self._leaving = False
+
+    def stop(self, _signal: int, _frame: FrameType | None) -> None:
+        """Handle SIGTERM: end soon, and leave no receipt."""
+        self._stop.set()
+        self._leaving = True
+        os.eventfd_write(self._wake_fd, 1)
+
+    def run(self) -> bool:
+        """Serve until the trainer is gone, or told us to end, and no write is in hand; False if SIGTERM ended it."""
+        self._answer({"type": "ready", "pid": os.getpid(), "python": platform.python_version()})
+        while not self._leaving or self._work is not None:
+            frame = self._wait()
+            if frame is not None:
+                self._handle(frame)
+            if self._work is not None:
+                self._report(self._work)
+        self._pool.shutdown()
+        return not self._stop.is_set()
+
+    def _wait(self) -> Frame | None:
+        timeout_s = _PROGRESS_INTERVAL_S if self._work is not None else _IDLE_WAIT_S
+        frame = None
+        if self._trainer_gone:
+            poller = select.poll()
+            poller.register(self._wake_fd, select.POLLIN)
+            poller.poll(timeout_s * 1000)
+        else:
+            try:
+                frame = self._connection.receive(timeout_s=timeout_s, wake_fd=self._wake_fd)
+            except PeerGone:
+                self._trainer_gone = self._leaving = True
+        with contextlib.suppress(BlockingIOError):  # nothing woke us: a frame came, or the time was up
+            os.eventfd_read(self._wake_fd)
+        return frame
+
+    def _handle(self, frame: Frame) -> None:
+        kind = frame.message.get("type")
+        if kind == "plan":
+            self._take_plan(frame)
+        elif kind == "write":
+            self._begin_write(frame)
+        elif kind == "close":
+            self._leaving = True
+        else:
+            raise ProtocolError(f"the trainer sent a message of unknown type {kind!r}")
+
+    def _take_plan(self, frame: Frame) -> None:
+        try:
+            if self._work is not None or len(frame.descriptors) != 1:
+                raise ValueError("a plan must come between two writes, with one descriptor")
+            if self._arena is not None:
+                self._arena.close()
+            self._cut = self._arena = None
+            cut = cut_plan(plan_from_object(frame.message.get("plan")))
+            self._arena = _Arena(frame.descriptors[0], cut.plan.arena_bytes)
+            self._cut = cut
+        except (ValueError, OSError) as error:
+            self._answer({"type": "refused", "reason": f"the plan is refused: {error}"})
+        else:
+            self._answer({"type": "planned"})
+        finally:
+            for fd in frame.descriptors:
+                os.close(fd)
+
+    def _begin_write(self, frame: Frame) -> None:
+        try:
+            request = request_from_object(frame.message.get("request"), frame.blob)
+            if self._work is not None:
+                raise ValueError("a write is in hand already")
+            if self._cut is None or self._arena is None or self._cut.plan.plan_id != request.plan_id:
+                raise ValueError(f"the writer does not have plan {request.plan_id}")
+        except ValueError as error:
+            self._answer(_failure(error))
+            return
+        self._done_bytes = 0
+        future = self._pool.submit(
+            write_attempt, self._cut, request, self._arena.view, stop=self._stop, on_progress=self._count
+        )
+        future.add_done_callback(lambda _: os.eventfd_write(self._wake_fd, 1))
+        self._work = _Work(future, total_bytes(self._cut.plan, request))
+
+    def _count(self, written_bytes: int) -> None:
+        with self._done_lock:
+            self._done_bytes += written_bytes
+
+    def _report(self, work: _Work) -> None:
+        """Send what there is to say of the write in hand: its result, or how far it is if that is due."""
+        if work.future.done():
+            self._work = None
+            error = work.future.exception()
+            if error is None:
+                self._answer({"type": "receipt", "receipt": receipt_to_object(work.future.result())})
+            else:
+                self._answer(_failure(error))
+            return
+        done_bytes, now_s = self._done_bytes, time.monotonic()
+        interval_s = _PROGRESS_INTERVAL_S if done_bytes != work.reported_bytes else _HEARTBEAT_INTERVAL_S
+        # A trainer that does not read must not hold up the heart: a beat that would block is left out.
+        if now_s - work.reported_at_s >= interval_s and not self._trainer_gone and self._connection.can_send():
+            self._answer({"type": "progress", "done_bytes": done_bytes, "total_bytes": work.all_bytes})
+            work.reported_bytes, work.reported_at_s = done_bytes, now_s
+
+    def _answer(self, message: dict[str, Any]) -> None:
+        if self._trainer_gone:
+            return
+        try:
+            self._connection.send(message, timeout_s=_ANSWER_TIMEOUT_S)
+        except (PeerGone, TimeoutError):
+            self._trainer_gone = self._leaving = True
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    """What the trainer is told of an error: a plain line if it is one of the expected, else with its traceback."""
+    if isinstance(error, Stopped):
+        reason = "the writer was told to stop (SIGTERM)"
+    elif isinstance(error, (FileWriteError, ForeignDirectory, ValueError)):
+        reason = "\n".join((str(error), *getattr(error, "__notes__", ())))
+    else:
+        reason = "unexpected error in the writer process:\n" + "".join(traceback.format_exception(error))
+    return {
+        "type": "failed",
+        "reason": reason,
+        "errno": error.errno if isinstance(error, OSError) else None,
+        "file_name": error.file_name if isinstance(error, FileWriteError) else None,
+    }
+
+
+def main(arguments: list[str]) -> None:
+    """Run the process until the trainer is gone; see the module's docstring."""
+    socket_fd, trainer_pid = (int(argument) for argument in arguments)
+    sock = socket.socket(fileno=socket_fd)
+    sock.set_inheritable(False)
+    try:
+        trainer_pidfd = os.pidfd_open(trainer_pid)
+    except ProcessLookupError:
+        return
+    if os.getppid() != trainer_pid:
+        return  # the trainer ended while we started, and its pid may be another process's by now
+    writer = _Writer(Connection(sock, trainer_pidfd))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, writer.stop)
+    if not writer.run():
+        # Die of the signal, so that whoever waits for this process sees why it ended.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
