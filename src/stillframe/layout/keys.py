@@ -79,7 +79,7 @@ def _without_tied(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dic
     """Keep one name of each group that is one tensor; refuse tensors that overlap without being the same."""
     storages: dict[Hashable, dict[Hashable, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, tensor in state.items():
-        storage, extent = _address(tensor)
+        storage, extent = address(tensor)
         storages[storage][extent].append(name)
     patterns = _get_tied_weight_keys(model)
     dropped: set[str] = set()
@@ -97,7 +97,7 @@ def _without_tied(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dic
     return {name: tensor for name, tensor in state.items() if name not in dropped}
 
 
-def _address(tensor: torch.Tensor) -> tuple[Hashable, Hashable]:
+def address(tensor: torch.Tensor) -> tuple[Hashable, Hashable]:
     """What identifies the storage, and the place in it, of the memory that this rank holds of `tensor`."""
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     if local.numel() == 0 or local.device.type == "meta":
@@ -128,7 +128,7 @@ def save_keys(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> Ke
     names = tuple(tensors)
 
     def revert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        with _unsharded_classes(model):
+        with unsharded_classes(model):
             converted: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
             return converted
 
@@ -159,10 +159,10 @@ def _on_meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     A tensor alone in its storage keeps the storage's size, which `save_pretrained` counts; where several tensors
     share one, it clones them.
     """
-    lodgers = Counter(_address(t)[0] for t in tensors.values())
+    lodgers = Counter(address(t)[0] for t in tensors.values())
     twins = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor) or lodgers[_address(tensor)[0]] > 1:
+        if isinstance(tensor, DTensor) or lodgers[address(tensor)[0]] > 1:
             twins[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         elif tensor.device.type == "meta":
             twins[name] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
@@ -174,7 +174,7 @@ def _on_meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _unsharded_classes(model: nn.Module) -> Iterator[None]:
+def unsharded_classes(model: nn.Module) -> Iterator[None]:
     """Give modules the classes they had before `fully_shard`, which renames them (`FSDPLlamaModel`).
 
     Transformers looks conversions up by class name, and the reference is the save of the unsharded model.
@@ -199,7 +199,7 @@ class Tracer(TorchFunctionMode):
         # Storages are identified by address; keeping the tensors alive keeps the addresses unique.
         self._alive: list[torch.Tensor] = list(inputs.values())
         self._sources = {_storage_id(tensor): index for index, tensor in enumerate(inputs.values())}
-        self._joins: dict[int, tuple[tuple[torch.Tensor, ...], int]] = {}
+        self._joins: dict[int, tuple[torch.Tensor, tuple[torch.Tensor, ...], int]] = {}
         self._tables: dict[int, Runs] = {}
 
     def run(self, convert: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -220,11 +220,11 @@ class Tracer(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in (torch.cat, torch.concat, torch.stack):
             tensors: Sequence[torch.Tensor] = args[0] if args else kwargs["tensors"]
-            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
             if func is torch.stack:
                 dim %= result.dim()
                 tensors = [t.unsqueeze(dim) for t in tensors]
-            self._joins[_storage_id(result)] = (tuple(tensors), dim % result.dim())
+            self._joins[_storage_id(result)] = (result, tuple(tensors), dim % result.dim())
             self._alive.extend([result, *tensors])
         return result
 
@@ -234,26 +234,40 @@ class Tracer(TorchFunctionMode):
         if storage in self._sources:
             index = self._sources[storage]
             source = self._inputs[self._names[index]]
+            if tensor.dtype != source.dtype:
+                raise UnsupportedModel(
+                    f"{name} takes the bytes of {self._names[index]}, {source.dtype}, as {tensor.dtype}"
+                )
             shape, stride = tuple(tensor.shape), tuple(tensor.stride())
             if (shape, stride) == (tuple(source.shape), tuple(source.stride())):
                 return strided(0, shape, _row_major(shape), index)
             if source.is_contiguous():
-                return strided(int(tensor.storage_offset() - source.storage_offset()), shape, stride, index)
+                return self.runs_of_view(index, int(tensor.storage_offset() - source.storage_offset()), shape, stride)
             raise UnsupportedModel(f"{name} is a part of {self._names[index]}, whose memory is not in row-major order")
         if storage in self._joins:
             view = strided(int(tensor.storage_offset()), tensor.shape, tensor.stride(), 0)
             return compose(view, self._join_table(name, storage))
         raise UnsupportedModel(
-            f"{name} is not made of renames, slices and concatenations of the model's tensors "
-            "(its conversion computes new values); such a model cannot be exported yet"
+            f"{name} is not made of renames, slices and concatenations of tensors "
+            "(its conversion computes new values); stillframe does not support such a model yet"
         )
+
+    def runs_of_view(self, index: int, offset: int, shape: Sequence[int], stride: Sequence[int]) -> Runs:
+        """The runs of a view of input `index`, whose memory is in row-major order; all in elements."""
+        return strided(offset, shape, stride, index)
 
     def _join_table(self, name: str, storage: int) -> Runs:
         """The runs of the whole result of a concatenation, which is contiguous, over the inputs."""
         if storage not in self._tables:
-            tensors, dim = self._joins[storage]
+            result, tensors, dim = self._joins[storage]
+            if result._version or not result.is_contiguous() or any(t.dtype != result.dtype for t in tensors):
+                raise UnsupportedModel(
+                    f"{name} is a concatenation that is then changed in place, or is not in row-major order, or "
+                    "changes dtypes; stillframe does not support such a model yet"
+                )
+            tensors = tuple(t for t in tensors if t.numel())  # torch.cat takes an empty tensor of any shape
             rows = [math.prod(t.shape[dim:]) for t in tensors]
-            outer = math.prod(tensors[0].shape[:dim])
+            outer = math.prod(result.shape[:dim])
             row = sum(rows)
             parts = []
             for tensor, own, before in zip(tensors, rows, np.cumsum(rows) - rows, strict=True):
@@ -262,6 +276,7 @@ class Tracer(TorchFunctionMode):
                 r, c, start, length = overlap(runs.start, runs.length, cuts, np.full(outer, own, dtype=np.int64))
                 into = c * row + before + (start - cuts[c])
                 parts.append(Runs(into, runs.source[r], runs.source_start[r] + (start - runs.start[r]), length))
+            parts = parts or [Runs.of([])]
             starts = np.concatenate([p.start for p in parts])
             order = np.argsort(starts, kind="stable")
             self._tables[storage] = coalesce(
