@@ -11,15 +11,15 @@ HEADER = ("CHECKPOINT", "KIND", "STEP", "SIZE", "RANKS", "PUBLISHED")
 
 
 def format_checkpoints(run_dir: Path) -> str:
-    """A table of the checkpoints of `run_dir`, or a line that says there are none.
+    """A table of the checkpoints of `run_dir`, oldest publication first, or a line that says there are none.
 
-    Raises `RunDirectoryError` if there is no such directory.
+    Raises `NotACheckpoint` if there is no such directory.
     """
     entries = list_checkpoints(run_dir)
     if not entries:
         return f"no checkpoints in {run_dir}\n"
     rows = [HEADER]
-    for entry in sorted(entries, key=lambda entry: (entry.step, entry.kind)):
+    for entry in entries:
         published = f"{datetime.fromisoformat(entry.published_at).astimezone():%Y-%m-%d %H:%M:%S}"
         size = format_size(entry.size_bytes)
         rows.append((entry.path.name, entry.kind, str(entry.step), size, str(entry.world_size), published))

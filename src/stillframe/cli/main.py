@@ -106,7 +106,7 @@ def _add_list(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser(
         "list",
         help="list the published checkpoints of a run directory",
-        description="List the checkpoints of RUN_DIR that are published, and so complete, oldest step first.",
+        description="List the checkpoints of RUN_DIR that are published, and so complete; the latest is last.",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run directory")
     parser.set_defaults(command=_list)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from stillframe.catalog.directory import list_checkpoints
 from stillframe.checkpointer import Checkpointer
 from stillframe.errors import OptionError
 from stillframe.train import model as models
@@ -51,6 +51,7 @@ class Trainer:
         self.step = 0
         self.compute_dtype: torch.dtype = getattr(torch, config.training.compute_dtype)
 
+        _require_fresh(self.run_dir)
         self.tokenizer = models.load_tokenizer(config.model)
         self.data = PackedBatches(
             read_corpus(config.data.files, self.tokenizer),
@@ -79,20 +80,15 @@ class Trainer:
 
     def run(self) -> None:
         """Take all steps and exports. Collective."""
-        _make_run_dir(self.run_dir)
         export = self.config.export
-        with contextlib.ExitStack() as stack:
-            progress = Progress(self.run_dir, rank=self.ranks.rank, total_steps=self.total_steps)
-            stack.callback(progress.close)
-            checkpointer = stack.enter_context(
-                Checkpointer(
-                    self.run_dir,
-                    model=self.model,
-                    tokenizer=self.tokenizer,
-                    max_shard_size=export.max_shard_size,
-                    hf_max_keep=export.hf_max_keep,
-                )
-            )
+        checkpointer = Checkpointer(
+            self.run_dir,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            max_shard_size=export.max_shard_size,
+            hf_max_keep=export.hf_max_keep,
+        )
+        with checkpointer, Progress(self.run_dir, rank=self.ranks.rank, total_steps=self.total_steps) as progress:
             total_epochs = self.data.epoch_at(self.total_steps)
             exports = Exports(
                 checkpointer,
@@ -126,8 +122,8 @@ class Trainer:
         """One optimizer step. Collective.
 
         Returns this rank's part of the loss (a sum over its label tokens, on the device), the label tokens of all
-        ranks, the gradients' norm before clipping, and whether `is_settled` was given on all ranks. The gradient is that
-        of the mean loss per label token over all ranks and micro-batches, however unevenly those hold label tokens,
+        ranks, the gradients' norm before clipping, and whether `is_settled` was given on all ranks. The gradient is
+        that of the mean loss per label token over all ranks and micro-batches, however unevenly those hold them,
         plus the mean of the auxiliary losses, where the model's configuration has them.
         """
         accumulation = self.config.training.gradient_accumulation_steps
@@ -223,8 +219,12 @@ def _aux_loss_coef(model: PreTrainedModel) -> float:
     return float(getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0))
 
 
-def _make_run_dir(run_dir: Path) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"run_dir = {str(run_dir)!r}: cannot be made: {error.strerror}") from error
+def _require_fresh(run_dir: Path) -> None:
+    """Refuse a directory with exports of an earlier run at once, not at the first step that both export."""
+    if not run_dir.is_dir():
+        return
+    if entries := list_checkpoints(run_dir):
+        raise OptionError(
+            f"run_dir = {str(run_dir)!r}: holds {len(entries)} checkpoints of an earlier run, {entries[-1].path.name} "
+            "the latest; choose a fresh run_dir (to go on from that model, name it as model.path)"
+        )

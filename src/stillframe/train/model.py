@@ -67,7 +67,9 @@ def build_model(config: ModelConfig, *, vocab_size: int, seed: int, compute_dtyp
     with torch.device("cpu" if config.path is None else "meta"):
         model = auto_class.from_config(model_config, dtype=dtype)  # type: ignore[no-untyped-call]
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Renamed in the course of Transformers 5; both checkpoint each block, without reentrance.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     parallel.shard(model, ranks, compute_dtype)
     if config.path is None:
         model.to(ranks.device)
@@ -138,7 +140,7 @@ def _materialize(model: PreTrainedModel, device: torch.device) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in stored:
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-    model.initialize_weights()  # type: ignore[no-untyped-call]
+    model.initialize_weights()
 
 
 def _require_directory(directory: str | None, name: str) -> None:

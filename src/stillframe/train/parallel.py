@@ -38,6 +38,7 @@ class Ranks:
 def start_ranks(device: str) -> Ranks:
     """Join the ranks that the launcher started (`torchrun` sets RANK, WORLD_SIZE, LOCAL_RANK), else be alone.
 
+    A default process group that exists already is used as it is.
     `device` is "cpu", "cuda", or "auto": CUDA where there is one. Collective under a launcher.
     Raises `OptionError` if there are more ranks on this host than CUDA devices, or none.
     """
@@ -52,12 +53,13 @@ def start_ranks(device: str) -> Ranks:
     place = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_rank)
     if kind == "cuda":
         torch.cuda.set_device(place)
-    if "WORLD_SIZE" not in os.environ:
-        return Ranks(rank=0, world_size=1, device=place, is_distributed=False)
-    if kind == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=place)
-    else:
-        dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        if "WORLD_SIZE" not in os.environ:
+            return Ranks(rank=0, world_size=1, device=place, is_distributed=False)
+        if kind == "cuda":
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=place)
+        else:
+            dist.init_process_group("gloo")
     return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=place, is_distributed=True)
 
 

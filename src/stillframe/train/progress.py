@@ -11,7 +11,7 @@ import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Self, TextIO
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -86,7 +86,10 @@ class Progress:
             f"published after {metrics.published_s:.3f} s: {metrics.path}"
         )
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None

@@ -6,10 +6,14 @@ key, the file and the value that was found.
 
 from __future__ import annotations
 
+import contextlib
 import math
-import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from stillframe.errors import OptionError
+from stillframe.options import CheckpointerOptions
 
 Rule = Callable[[object], Any]
 
@@ -110,12 +114,12 @@ def pair(item: Rule) -> Rule:
 
 
 def size(value: object) -> str | int:
-    """A number of bytes, as Transformers takes it: an integer, or a string in decimal units."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    if isinstance(value, str) and re.fullmatch(r"[1-9][0-9]*(KB|MB|GB|TB)", value):
-        return value
-    raise Illegal("a size such as '500MB', '5GB' or '1TB' (decimal units), or a number of bytes")
+    """A number of bytes or text such as "5GB": what the Checkpointer takes as `max_shard_size`."""
+    if isinstance(value, int | str):
+        with contextlib.suppress(OptionError):
+            CheckpointerOptions(run_dir=Path(), max_shard_size=value)
+            return value
+    raise Illegal("a positive number of bytes, or text such as '500MB' or '5GB' (decimal units)")
 
 
 def table(value: object) -> dict[str, Any]:
