@@ -97,4 +97,10 @@ def retire(directory: Path, retired: Path) -> None:
     """Delete a directory so that no reader sees half of it: rename it away, make that durable, then remove it."""
     directory.rename(retired)
     fsync_dir(retired.parent)
-    shutil.rmtree(retired)
+    remove_tree(retired)
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove a directory and what is in it; one that is not there is fine. Follows no links. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(directory)

@@ -19,7 +19,10 @@ from stillframe.records import FileLayout, InlineFile, Layout, Receipt, WrittenE
 
 
 class Publication:
-    """One attempt to publish `layout` as `<run_dir>/<kind>-<step>`, driven by rank 0: `prepare`, `publish` or `give_up`."""
+    """One attempt to publish `layout` as `<run_dir>/<kind>-<step>`, driven by rank 0.
+
+    First `prepare`; then, once all ranks have voted, `publish` or not; `clean_up` in either case.
+    """
 
     def __init__(self, run_dir: Path, layout: Layout, *, step: int, attempt: str, overwrite: bool) -> None:
         self._run_dir = run_dir
@@ -62,8 +65,8 @@ class Publication:
             raise self._failed(CheckpointExists, reason, "prepare") from error
         if not durable.can_exchange(self._run_dir, self._attempt):
             reason = (
-                "this file system cannot exchange two directories in one step (renameat2 RENAME_EXCHANGE), so a published "
-                "checkpoint cannot be replaced without a moment in which there is none; delete it first"
+                "this file system cannot exchange two directories in one step (renameat2 RENAME_EXCHANGE), so a "
+                "published checkpoint cannot be replaced without a moment in which there is none; delete it first"
             )
             raise self._failed(CheckpointExists, reason, "prepare")
 
@@ -109,13 +112,12 @@ class Publication:
         shutil.rmtree(self.hidden_dir / names.WORK_DIR_NAME)
         durable.fsync_dir(self.hidden_dir)
         if self._overwrite and os.path.lexists(self.final_dir):
-            durable.exchange(self.hidden_dir, self.final_dir)
-            durable.retire(self.hidden_dir, self._retired_dir)
+            durable.exchange(self.hidden_dir, self.final_dir)  # the hidden name now holds what was replaced
         else:
             durable.publish(self.hidden_dir, self.final_dir)
 
-    def give_up(self) -> None:
-        """Remove what there is of the attempt. The writers have ended, or were given up on."""
+    def clean_up(self) -> None:
+        """Remove what has the hidden name: after `publish` the version that was replaced, else a failed attempt."""
         with suppress(FileNotFoundError):
             durable.retire(self.hidden_dir, self._retired_dir)
 

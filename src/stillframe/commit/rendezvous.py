@@ -15,39 +15,46 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+# Public and documented, but re-exported without an `__all__`.
+from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
+
 from stillframe.errors import RunDirectoryError, StillframeError
 
 _CONNECT_TIMEOUT_S = 120
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Rendezvous:
     """This rank, the job's size, the store, and a random `nonce` of this Checkpointer (equal on all ranks).
 
-    The store runs in rank 0's process. `dist.HashStore`, which stays in the process, serves a job of one rank.
+    The store runs in rank 0's process. `HashStore`, which stays in the process, serves a job of one rank.
     """
 
     rank: int
     world_size: int
     nonce: str
-    store: dist.Store
+    store: Store
+
+    def leave(self) -> None:
+        """Let go of the store; rank 0's listens no more from then on. The last thing done with it."""
+        del self.store
 
 
 def meet(run_dir: Path, *, store_host: str | None) -> Rendezvous:
-    """Collective: all ranks of the default process group meet once, on the training thread. Bounded by that group's timeout.
+    """Collective: all ranks of the default process group meet once, on the training thread, within its timeout.
 
     Rank 0 creates `run_dir` where it is missing, listens on a port that the kernel chooses, and tells the others where.
-    It listens on loopback when all ranks share a host, else on `store_host`, else on MASTER_ADDR's address where that is
-    this host's, else on the address of this host's name. Raises RunDirectoryError or StillframeError on every rank.
+    It listens on loopback when all ranks share a host, else on `store_host`, else on MASTER_ADDR's address where that
+    is this host's, else on the address of this host's name. Raises RunDirectoryError or StillframeError on every rank.
     """
     if not (dist.is_available() and dist.is_initialized()):
         _create(run_dir)
-        return Rendezvous(rank=0, world_size=1, nonce=secrets.token_hex(8), store=dist.HashStore())
+        return Rendezvous(rank=0, world_size=1, nonce=secrets.token_hex(8), store=HashStore())
     rank, world_size = dist.get_rank(), dist.get_world_size()
     hosts: list[object] = [None] * world_size
     dist.all_gather_object(hosts, _network_identity())
     one_host = all(host == hosts[0] for host in hosts)
-    store: dist.Store | None = None
+    store: Store | None = None
     offer: list[tuple[str, int, str] | str] = [""]
     if rank == 0:
         try:
@@ -82,7 +89,7 @@ def _create(run_dir: Path) -> None:
 
 def _network_identity() -> tuple[str, int]:
     """Equal for processes that reach each other by loopback: same running kernel, same network namespace."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.stat("/proc/self/ns/net").st_ino
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), Path("/proc/self/ns/net").stat().st_ino
 
 
 def _listen(host: str | None) -> socket.socket:
@@ -104,15 +111,14 @@ def _listen(host: str | None) -> socket.socket:
         else:
             return listener
     raise StillframeError(
-        f"rank 0 cannot listen on an address of its own ({'; '.join(problems)}); pass store_host, one that all ranks reach"
+        f"rank 0 cannot listen on an address of its own ({'; '.join(problems)}); "
+        "pass store_host, one that all ranks reach"
     )
 
 
-def _tcp_store(host: str, port: int, listener: socket.socket | None) -> dist.TCPStore:
+def _tcp_store(host: str, port: int, listener: socket.socket | None) -> TCPStore:
     """A client of the store at `host:port`; with `listener`, the store itself (which takes the socket over)."""
     timeout = timedelta(seconds=_CONNECT_TIMEOUT_S)
     if listener is None:
-        return dist.TCPStore(host, port, None, False, timeout=timeout, wait_for_workers=False)
-    return dist.TCPStore(
-        host, port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+        return TCPStore(host, port, None, False, timeout=timeout, wait_for_workers=False)
+    return TCPStore(host, port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach())

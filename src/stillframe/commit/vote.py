@@ -1,7 +1,7 @@
 """The vote on one attempt: every rank says whether its share is on disk, rank 0 decides, everyone learns the verdict.
 
-Keys in the store carry the attempt, so nothing left from another attempt can be taken for this one. Every wait is bounded, and
-a wait that ends without an answer names the ranks that were waited for. Messages are JSON: no code travels.
+Keys in the store carry the attempt, so nothing left from another attempt can be taken for this one. Every wait is
+bounded, and one that ends without an answer names the ranks that were waited for. Messages are JSON: no code travels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from stillframe import errors
 from stillframe.commit.rendezvous import Rendezvous
-from stillframe.errors import SaveFailed, SaveTimeout
+from stillframe.errors import SaveFailed, SaveTimeout, StillframeError
 
 _FAILURE_GRACE_S = 60.0
 _VERDICT_SLACK_S = 60.0
@@ -26,7 +26,7 @@ _MAX_NAMED_RANKS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """What went wrong, where; `error` is the name of a SaveFailed class."""
+    """What went wrong, where; `error` is the name of a class in `stillframe.errors`."""
 
     error: str
     rank: int | None
@@ -37,10 +37,15 @@ class Failure:
     def of(error: BaseException, *, rank: int, stage: str) -> Failure:
         if isinstance(error, SaveFailed):
             return Failure(error=type(error).__name__, rank=error.rank, stage=error.stage, reason=error.reason)
+        if isinstance(error, StillframeError):
+            return Failure(error=type(error).__name__, rank=rank, stage=stage, reason=str(error))
         return Failure(error="SaveFailed", rank=rank, stage=stage, reason=f"{type(error).__name__}: {error}")
 
-    def exception(self, *, step: int, path: Path) -> SaveFailed:
-        cls = getattr(errors, self.error, SaveFailed)
+    def exception(self, *, step: int | None, path: Path) -> StillframeError:
+        """The failure as the exception that it was on its own rank, to raise on another."""
+        cls = getattr(errors, self.error, None)
+        if isinstance(cls, type) and issubclass(cls, StillframeError) and not issubclass(cls, SaveFailed):
+            return cls(f"rank {self.rank}: {self.reason}")
         if not (isinstance(cls, type) and issubclass(cls, SaveFailed)):
             cls = SaveFailed
         return cls(self.reason, step=step, rank=self.rank, stage=self.stage, path=path)
@@ -51,7 +56,7 @@ class Vote:
     """One rank's word on an attempt. `failure` is None when its share is written, fsynced and receipted."""
 
     rank: int
-    step: int
+    step: int | None
     layout_digest: str
     failure: Failure | None
 
@@ -69,12 +74,14 @@ class Verdict:
 
 
 class Ballot:
-    """The vote on one attempt, as one rank takes part in it. All ranks make theirs in the same order of attempts."""
+    """The vote on one attempt, as one rank takes part in it. All ranks make theirs in the same order of attempts.
 
-    def __init__(self, meeting: Rendezvous, *, attempt: str, step: int, path: Path, timeout_s: float) -> None:
+    `step` None: not a save, but the start of the Checkpointers.
+    """
+
+    def __init__(self, meeting: Rendezvous, *, attempt: str, step: int | None, path: Path, timeout_s: float) -> None:
         self._meeting = meeting
-        self._store = meeting.store
-        self._attempt = attempt
+        self.attempt = attempt
         self._step = step
         self._path = path
         self._timeout_s = timeout_s
@@ -91,7 +98,7 @@ class Ballot:
 
     def cast(self, vote: Vote) -> None:
         with self._reaching_rank_0():
-            self._store.queue_push(self._key("votes"), json.dumps(asdict(vote)))
+            self._meeting.store.queue_push(self._key("votes"), json.dumps(asdict(vote)))
 
     def collect(self) -> tuple[Vote, ...]:
         """Rank 0: all votes, by rank. Blocks at most for the timeout, and a minute once one rank has failed.
@@ -102,9 +109,9 @@ class Ballot:
         votes: dict[int, Vote] = {}
         deadline = time.monotonic() + self._timeout_s
         while len(votes) < self._meeting.world_size:
-            self._store.set_timeout(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+            self._meeting.store.set_timeout(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
             try:
-                fields = json.loads(self._store.queue_pop(self._key("votes")))
+                fields = json.loads(self._meeting.store.queue_pop(self._key("votes")))
             except dist.DistStoreError:
                 break
             failure = fields.pop("failure")
@@ -132,12 +139,12 @@ class Ballot:
     def acknowledge(self) -> None:
         """This rank has the verdict and needs the store no more for this attempt."""
         with self._reaching_rank_0():
-            self._store.add(self._key("seen"), 1)
+            self._meeting.store.add(self._key("seen"), 1)
 
     def await_acknowledged(self, timeout_s: float) -> bool:
         """Rank 0, before it closes the store: wait until every rank has the verdict. False if some never asked."""
         deadline = time.monotonic() + timeout_s
-        while self._store.add(self._key("seen"), 0) < self._meeting.world_size:
+        while self._meeting.store.add(self._key("seen"), 0) < self._meeting.world_size:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.01)
@@ -146,20 +153,20 @@ class Ballot:
     def forget(self) -> None:
         """Rank 0: drop the attempt's keys. Safe once all ranks have voted on a later attempt."""
         for name in ("open", "verdict", "seen"):
-            self._store.delete_key(self._key(name))
+            self._meeting.store.delete_key(self._key(name))
 
     def _key(self, name: str) -> str:
-        return f"stillframe/{self._attempt}/{name}"
+        return f"stillframe/{self.attempt}/{name}"
 
     def _set(self, name: str, message: Any) -> None:
         with self._reaching_rank_0():
-            self._store.set(self._key(name), json.dumps(message))
+            self._meeting.store.set(self._key(name), json.dumps(message))
 
     def _get(self, name: str, timeout_s: float, purpose: str) -> Any:
         key = self._key(name)
         with self._reaching_rank_0():
             try:
-                self._store.wait([key], timedelta(seconds=timeout_s))
+                self._meeting.store.wait([key], timedelta(seconds=timeout_s))
             except dist.DistStoreError as error:
                 raise SaveTimeout(
                     f"rank {self._meeting.rank} waited {timeout_s:.0f} s for rank 0 {purpose}",
@@ -168,7 +175,7 @@ class Ballot:
                     stage="vote",
                     path=self._path,
                 ) from error
-            return json.loads(self._store.get(key))
+            return json.loads(self._meeting.store.get(key))
 
     def _reaching_rank_0(self) -> _ReachingRank0:
         return _ReachingRank0(self._step, self._path)
@@ -211,7 +218,7 @@ class Ballot:
 class _ReachingRank0:
     """Turns a broken connection to rank 0's store into a SaveFailed that says so."""
 
-    def __init__(self, step: int, path: Path) -> None:
+    def __init__(self, step: int | None, path: Path) -> None:
         self._step = step
         self._path = path
 

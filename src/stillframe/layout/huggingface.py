@@ -12,8 +12,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from stillframe.errors import LayoutError, UnsupportedModel
@@ -83,13 +86,21 @@ def plan_huggingface(
     return HuggingFacePlan(layout=layout, share=share, tensors=tensors)
 
 
-def refuse_unsupported(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModel for models whose save is not made of their own tensors."""
-    if not isinstance(model, PreTrainedModel):
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The model inside of DDP and `torch.compile` wrappers. Raises UnsupportedModel if it is no PreTrainedModel."""
+    inner: Any = model
+    while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
+        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
+    if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModel(
-            f"{type(model).__name__} is not a transformers PreTrainedModel; only those can be exported as a "
+            f"{type(inner).__name__} is not a transformers PreTrainedModel; only those can be exported as a "
             "Hugging Face directory"
         )
+    return inner
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel for models whose save is not made of their own tensors."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModel(f"{type(model).__name__} is quantized; export the model that it was made from")
     if getattr(model, "_hf_peft_config_loaded", False):

@@ -33,6 +33,8 @@ from transformers.modeling_utils import _get_tied_weight_keys
 from stillframe.errors import UnsupportedModel
 from stillframe.layout.runs import Runs, coalesce, compose, overlap, strided
 
+_MAX_SINGLE_ELEMENTS = 1 << 22  # 128 MiB of runs
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
@@ -242,9 +244,11 @@ class Tracer(TorchFunctionMode):
             if (shape, stride) == (tuple(source.shape), tuple(source.stride())):
                 return strided(0, shape, _row_major(shape), index)
             if source.is_contiguous():
-                return self.runs_of_view(index, int(tensor.storage_offset() - source.storage_offset()), shape, stride)
+                offset = int(tensor.storage_offset() - source.storage_offset())
+                return self.runs_of_view(name, index, offset, shape, stride)
             raise UnsupportedModel(f"{name} is a part of {self._names[index]}, whose memory is not in row-major order")
         if storage in self._joins:
+            refuse_scattered(name, tensor.shape, tensor.stride())
             view = strided(int(tensor.storage_offset()), tensor.shape, tensor.stride(), 0)
             return compose(view, self._join_table(name, storage))
         raise UnsupportedModel(
@@ -252,8 +256,9 @@ class Tracer(TorchFunctionMode):
             "(its conversion computes new values); stillframe does not support such a model yet"
         )
 
-    def runs_of_view(self, index: int, offset: int, shape: Sequence[int], stride: Sequence[int]) -> Runs:
-        """The runs of a view of input `index`, whose memory is in row-major order; all in elements."""
+    def runs_of_view(self, name: str, index: int, offset: int, shape: Sequence[int], stride: Sequence[int]) -> Runs:
+        """The runs of output `name`, a view of input `index`, whose memory is in row-major order; all in elements."""
+        refuse_scattered(name, shape, stride)
         return strided(offset, shape, stride, index)
 
     def _join_table(self, name: str, storage: int) -> Runs:
@@ -288,6 +293,20 @@ class Tracer(TorchFunctionMode):
                 )
             )
         return self._tables[storage]
+
+
+def is_scattered(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether neighbours along the last dimension are no neighbours in memory, as in a transposed view."""
+    steps = [step for size, step in zip(shape, stride, strict=True) if size > 1]
+    return bool(steps) and steps[-1] != 1
+
+
+def refuse_scattered(name: str, shape: Sequence[int], stride: Sequence[int]) -> None:
+    """Raise UnsupportedModel for a view with so many runs of one element that listing them would fill the memory."""
+    if is_scattered(shape, stride) and math.prod(shape) > _MAX_SINGLE_ELEMENTS:
+        raise UnsupportedModel(
+            f"{name} is a transposed tensor, of shape {tuple(shape)}; stillframe does not support one that large yet"
+        )
 
 
 def _storage_id(tensor: torch.Tensor) -> int:

@@ -1,0 +1,289 @@
+"""Checkpointer: what users hold. It composes the stages; what each does is said where it is done."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import nn
+
+from stillframe import provenance
+from stillframe.commit.rendezvous import meet
+from stillframe.commit.vote import Ballot, Failure
+from stillframe.errors import CheckpointExists, ClosedError, OptionError, SaveFailed, StillframeError
+from stillframe.export import Export
+from stillframe.layout.huggingface import unwrapped
+from stillframe.names import published_path
+from stillframe.options import CheckpointerOptions, run_directory
+from stillframe.records import InlineFile
+from stillframe.save import SaveJob, run_save
+from stillframe.start import agree_to_start
+from stillframe.watch.monitor import Monitor
+from stillframe.watch.progress import SaveProgress, SaveReport, Tracker
+
+_log = logging.getLogger("stillframe")
+_KEPT_REPORTS = 256
+_GOODBYE_TIMEOUT_S = 60.0
+_MAX_STEP = 10**18
+
+
+class Checkpointer:
+    """Saves a model, asynchronously and all or nothing, into `run_dir`.
+
+    Every rank of the job makes one with the same arguments, after `fully_shard` or DDP (the constructor is a collective
+    call on the training thread), and then calls the same saves in the same order. After construction no call
+    communicates through a process group. Works without torch.distributed too. A context manager: leaving it closes.
+
+    Args:
+        run_dir: where checkpoints appear; on a file system that all ranks share. Created if missing.
+        model: a transformers PreTrainedModel, plain, in DDP, or sharded with FSDP2. Tensors that are not DTensors count
+            as replicated: parameters must be equal on all ranks; of buffers, rank 0's are saved.
+        tokenizer: saved into every export; rendered now, once. Anything with `save_pretrained(directory)`.
+        processor: likewise, for multimodal models.
+        max_shard_size, hf_max_keep, save_timeout_s, store_host: see `stillframe.options.CheckpointerOptions`.
+
+    Blocks until the arena (this rank's share of the bytes) is allocated and the writer process runs. Raises, on every
+    rank alike: OptionError, RunDirectoryError, LayoutError, or SaveFailed if ranks disagree or do not show up.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        *,
+        model: nn.Module,
+        tokenizer: Any = None,
+        processor: Any = None,
+        max_shard_size: int | str = "50GB",
+        hf_max_keep: int | None = None,
+        save_timeout_s: float = 7200.0,
+        store_host: str | None = None,
+    ) -> None:
+        self._options = CheckpointerOptions(
+            run_dir=run_directory(run_dir),
+            max_shard_size=max_shard_size,
+            hf_max_keep=hf_max_keep,
+            save_timeout_s=save_timeout_s,
+            store_host=store_host,
+        )
+        self._monitor = Monitor()
+        self._reports: deque[SaveReport] = deque(maxlen=_KEPT_REPORTS)
+        self._in_flight: tuple[Future[Path], Tracker] | None = None
+        self._attempts = 0
+        self._closed = False
+        self._export: Export | None = None
+        self._meeting = meet(self._options.run_dir, store_host=store_host)
+        self._ballot = self._new_ballot(None, self._options.run_dir)
+        self._at_exit = _exit_handler(weakref.ref(self))
+        companions = tuple(companion for companion in (processor, tokenizer) if companion is not None)
+        try:
+            self._steps = agree_to_start(
+                self._options.run_dir, self._ballot, self._meeting, lambda: self._set_up(model, companions)
+            )
+        except BaseException:
+            self._release()
+            raise
+        self._versions = provenance.versions()
+        self._git_commit = provenance.git_commit(Path.cwd()) if self._meeting.rank == 0 else None
+        atexit.register(self._at_exit)
+
+    # Saving
+
+    def async_save_hf(self, step: int, *, overwrite: bool = False) -> Future[Path]:
+        """Take a snapshot now, export it in the background as `<run_dir>/hf-<step>`; every rank calls it.
+
+        Blocks while a save before it is in flight, and then for the copy of this rank's share; the weights may change
+        as soon as it returns. The future resolves to the path once the export is published: complete, durable, under
+        its final name. Raises, before anything is copied, what an earlier save in the background failed with, and
+        CheckpointExists if the step is published already (`overwrite=True` replaces it in one step).
+        """
+        return self._launch(step, overwrite=overwrite)
+
+    def save_hf(self, step: int, *, overwrite: bool = False) -> Path:
+        """Export as `async_save_hf` does, the same bytes, and wait until it is published. Raises SaveFailed if not."""
+        future = self._launch(step, overwrite=overwrite)
+        try:
+            path = future.result()
+        except StillframeError as error:
+            self._monitor.withdraw(error)
+            raise
+        self.check()
+        return path
+
+    def check(self) -> None:
+        """Raise what a save in the background failed with, if one did and it was not raised yet. Costs nothing."""
+        self._monitor.raise_pending()
+
+    @property
+    def in_flight(self) -> SaveProgress | None:
+        """How far the save in flight is on this rank; None if there is none."""
+        current = self._in_flight
+        return None if current is None or current[0].done() else current[1].progress()
+
+    @property
+    def reports(self) -> Sequence[SaveReport]:
+        """The published saves of this Checkpointer, oldest first (at most the last 256)."""
+        return tuple(self._reports)
+
+    def close(self) -> None:
+        """Wait for the save in flight, end the writer process, free the arena; then raise a failure not raised yet.
+
+        May be called twice. Rank 0 also waits, at most a minute, until the others know the last save's verdict.
+        """
+        if self._closed:
+            return
+        self._wait_for_in_flight()
+        self._release()
+        self._monitor.raise_pending()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close; after an exception without waiting: it reaches the user at once, while a save in flight goes on in the
+        writer process (and can be published from there by a later run)."""
+        if error is None:
+            self.close()
+            return
+        # The process most likely ends now. In one that lives on, the rest is tidied up behind its back.
+        threading.Thread(target=self._close_behind, name="stillframe-close", daemon=True).start()
+
+    # Behind the calls
+
+    def _new_ballot(self, step: int | None, path: Path) -> Ballot:
+        attempt = f"{self._meeting.nonce}.{self._attempts}"
+        self._attempts += 1
+        return Ballot(self._meeting, attempt=attempt, step=step, path=path, timeout_s=self._options.save_timeout_s)
+
+    def _set_up(self, model: nn.Module, companions: tuple[Any, ...]) -> str:
+        self._export = Export(
+            unwrapped(model),
+            companions=companions,
+            max_shard_bytes=self._options.max_shard_bytes,
+            rank=self._meeting.rank,
+            world_size=self._meeting.world_size,
+        )
+        return self._export.layout.digest
+
+    def _launch(self, step: int, *, overwrite: bool) -> Future[Path]:
+        if self._closed:
+            raise ClosedError(f"this Checkpointer of {self._options.run_dir} is closed")
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < _MAX_STEP:
+            raise OptionError(f"step must be an integer from 0 to 10^18 - 1, not {step!r}")
+        tracker = Tracker(step)
+        self._wait_for_in_flight()
+        self._monitor.raise_pending()
+        tracker.waited()
+        final_dir = published_path(self._options.run_dir, "hf", step)
+        if step in self._steps and not overwrite:
+            # Known on all ranks alike since the last verdict, so all refuse, and none waits for the others.
+            reason = "it exists already; pass overwrite=True to replace it"
+            raise CheckpointExists(reason, step=step, rank=None, stage="prepare", path=final_dir)
+        assert self._export is not None, "a Checkpointer that is not closed has an export"
+        failure: Failure | None = None
+        inline_files: tuple[InlineFile, ...] = ()
+        try:
+            inline_files = self._export.snapshot()
+        except Exception as error:  # noqa: BLE001  # the other ranks must learn of it, or they would wait for this one
+            failure = Failure.of(error, rank=self._meeting.rank, stage="snapshot")
+            _log.exception("the snapshot for step %d failed on rank %d", step, self._meeting.rank)
+        tracker.staged()
+        ballot = self._new_ballot(step, final_dir)
+        job = SaveJob(
+            run_dir=self._options.run_dir,
+            layout=self._export.layout,
+            plan_id=self._export.plan_id,
+            step=step,
+            attempt=ballot.attempt,
+            overwrite=overwrite,
+            inline_files=inline_files,
+            snapshot_failure=failure,
+            keep=self._options.hf_max_keep,
+            git_commit=self._git_commit,
+            versions=self._versions,
+            timeout_s=self._options.save_timeout_s,
+        )
+        future: Future[Path] = Future()
+        self._in_flight = (future, tracker)
+        threading.Thread(
+            target=self._run,
+            args=(job, ballot, self._export, tracker, future),
+            name=f"stillframe-save-hf-{step}",
+            daemon=True,  # a training that ends with an exception must not wait for it
+        ).start()
+        return future
+
+    def _run(self, job: SaveJob, ballot: Ballot, export: Export, tracker: Tracker, future: Future[Path]) -> None:
+        """The save's own thread: whatever happens here reaches the future and the monitor."""
+        try:
+            outcome = run_save(job, ballot, self._meeting, export.writer, tracker)
+        except BaseException as error:  # noqa: BLE001  # the future must end, whatever happened
+            failure: StillframeError
+            if isinstance(error, StillframeError):
+                failure = error
+            else:
+                failure = SaveFailed(
+                    f"{type(error).__name__}: {error}", step=job.step, rank=None, stage="vote", path=job.final_dir
+                )
+                failure.__cause__ = error
+            _log.error("%s", failure)
+            self._ballot = ballot
+            self._monitor.report(failure)
+            future.set_exception(failure)
+            return
+        if self._meeting.rank == 0:
+            self._ballot.forget()  # every rank has voted on this attempt, so each is done with the one before
+        self._ballot = ballot
+        self._steps = outcome.steps
+        self._reports.append(tracker.report(outcome.path, export.staged_bytes))
+        if outcome.trouble is not None:
+            _log.error("%s", outcome.trouble)
+            self._monitor.report(outcome.trouble)
+        future.set_result(outcome.path)
+
+    def _wait_for_in_flight(self) -> None:
+        if self._in_flight is not None:
+            wait([self._in_flight[0]])  # bounded: each step of a save is
+            self._in_flight = None
+
+    def _release(self) -> None:
+        """Give everything back; the last thing that a Checkpointer does."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self._at_exit)
+        try:
+            if self._export is not None:
+                self._export.close()
+        finally:
+            if self._meeting.rank == 0 and not self._ballot.await_acknowledged(_GOODBYE_TIMEOUT_S):
+                _log.warning("not all ranks asked for the verdict of the last save within %.0f s", _GOODBYE_TIMEOUT_S)
+            self._meeting.leave()
+
+    def _close_behind(self) -> None:
+        try:
+            self.close()
+        except StillframeError as error:
+            _log.error("while closing after an exception: %s", error)
+
+
+def _exit_handler(reference: weakref.ref[Checkpointer]) -> Callable[[], None]:
+    def close_at_exit() -> None:
+        checkpointer = reference()
+        if checkpointer is None or getattr(sys, "last_value", None) is not None:
+            return  # the interpreter ends because of an exception: at once
+        _log.warning("a Checkpointer was not closed before the interpreter ended; closing it now")
+        checkpointer.close()
+
+    return close_at_exit

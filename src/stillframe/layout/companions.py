@@ -1,0 +1,58 @@
+"""The files beside the weights: config, generation config, remote code, tokenizer, processor.
+
+Each is what transformers' own `save_pretrained` of that object writes, rendered into memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from stillframe.errors import UnsupportedModel
+from stillframe.records import InlineFile
+
+
+def render_config(model: PreTrainedModel) -> tuple[InlineFile, ...]:
+    """config.json, generation_config.json where the model generates, and the model's own code where it is remote code.
+
+    As `save_pretrained` of the unsharded model writes them, but without changing the model's config. Raises
+    UnsupportedModel if one cannot be saved.
+    """
+
+    def save(directory: str) -> None:
+        config = copy.deepcopy(model.config)
+        config.dtype = str(model.dtype).removeprefix("torch.")
+        config.architectures = [type(model).__name__.removeprefix("FSDP")]
+        if model.is_remote_code():
+            remote_config: Any = config  # annotated as a dict, but transformers passes the config itself
+            custom_object_save(model, directory, config=remote_config)
+        config.save_pretrained(directory)
+        if model.can_generate():
+            model.generation_config.save_pretrained(directory)
+
+    return _render(save, f"the config of {type(model).__name__}")
+
+
+def render_companion(companion: Any) -> tuple[InlineFile, ...]:
+    """The files that `save_pretrained` of a tokenizer or processor writes. Raises UnsupportedModel if it fails."""
+    return _render(companion.save_pretrained, f"the {type(companion).__name__}")
+
+
+def _render(save: Callable[[str], Any], what: str) -> tuple[InlineFile, ...]:
+    with tempfile.TemporaryDirectory(prefix="stillframe-") as directory:
+        try:
+            save(directory)
+        except Exception as error:
+            raise UnsupportedModel(f"{what} cannot be saved: {type(error).__name__}: {error}") from error
+        root = Path(directory)
+        return tuple(
+            InlineFile(name=str(path.relative_to(root)), content=path.read_bytes())
+            for path in sorted(root.rglob("*"))
+            if path.is_file()
+        )

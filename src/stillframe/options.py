@@ -1,0 +1,69 @@
+"""Every option of a Checkpointer: what is legal is said here, and checked nowhere else."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillframe.errors import OptionError
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointerOptions:
+    """Validated on construction; raises OptionError naming the option, its value and what is legal.
+
+    run_dir: where checkpoints appear; created if missing.
+    max_shard_size: largest weights file, in bytes or as text such as "5GB" (decimal units, as in transformers). A
+        single storage block beyond it gets a file of its own.
+    hf_max_keep: how many exports are kept, the newest by publication; None keeps all.
+    save_timeout_s: bound on each wait of a save (for the other ranks' calls, the writing, the verdict).
+    store_host: address on which rank 0 listens for the others; only needed where they cannot reach it by MASTER_ADDR
+        or by its host's name.
+    """
+
+    run_dir: Path
+    max_shard_size: int | str = "50GB"
+    hf_max_keep: int | None = None
+    save_timeout_s: float = 7200.0
+    store_host: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.run_dir, Path):
+            raise OptionError(f"run_dir must be a path, not {self.run_dir!r}")
+        _ = self.max_shard_bytes
+        keep = self.hf_max_keep
+        if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 1):
+            raise OptionError(f"hf_max_keep must be None (keep all) or at least 1, not {keep!r}")
+        timeout_s = self.save_timeout_s
+        if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 0 < timeout_s < 10**7:
+            raise OptionError(f"save_timeout_s must be a number of seconds above 0 and below 10^7, not {timeout_s!r}")
+        if self.store_host is not None and not isinstance(self.store_host, str):
+            raise OptionError(f"store_host must be None or an address, not {self.store_host!r}")
+
+    @property
+    def max_shard_bytes(self) -> int:
+        size = self.max_shard_size
+        if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+            return size
+        if isinstance(size, str):
+            match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]B)\s*", size, re.IGNORECASE)
+            if match and (size_bytes := int(float(match[1]) * _UNITS[match[2].upper()])) > 0:
+                return size_bytes
+        raise OptionError(
+            f"max_shard_size must be a positive number of bytes or text such as '500MB' or '5GB', not {size!r}"
+        )
+
+
+def run_directory(run_dir: str | os.PathLike[str]) -> Path:
+    """`run_dir` as an absolute path: a later chdir of the training script does not move the run. Raises OptionError."""
+    try:
+        text = os.fspath(run_dir)
+    except TypeError as error:
+        raise OptionError(f"run_dir must be a path, not {run_dir!r}") from error
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise OptionError(f"run_dir must be a non-empty path, not {run_dir!r}")
+    return Path(text).absolute()

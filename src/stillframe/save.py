@@ -1,0 +1,160 @@
+"""One save, from staged to published: what happens in the background, on a thread of its own, on every rank.
+
+rank 0: prepare the directory ─▶ open ─▶ write ─▶ vote ─▶ collect, prove, publish ─▶ verdict ─▶ link, retention
+others:                   wait for open ─▶ write ─▶ vote ─▶          wait for the verdict
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillframe import names
+from stillframe.catalog.directory import CatalogEntry, list_checkpoints
+from stillframe.catalog.retention import remove, superseded
+from stillframe.commit.publish import Publication
+from stillframe.commit.rendezvous import Rendezvous
+from stillframe.commit.vote import Ballot, Failure, Verdict, Vote
+from stillframe.durable import replace_link
+from stillframe.errors import SaveFailed, SaveTimeout, StillframeError, WriteFailed, WriterDied
+from stillframe.records import InlineFile, Layout, Receipt, WriteRequest
+from stillframe.watch.progress import Tracker
+from stillframe.writer.client import WriterClient, WriterError
+from stillframe.writer.messages import decode_receipt
+
+_WRITER_ERRORS: Mapping[str, type[SaveFailed]] = {
+    "failed": WriteFailed,
+    "died": WriterDied,
+    "timeout": SaveTimeout,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveJob:
+    """What is saved: captured on the training thread, constant from then on.
+
+    `inline_files` are rank 0's to write; other ranks have none. `snapshot_failure`: the arena could not be
+    filled on this rank, which the other ranks must learn of.
+    """
+
+    run_dir: Path
+    layout: Layout
+    plan_id: int
+    step: int
+    attempt: str
+    overwrite: bool
+    inline_files: tuple[InlineFile, ...]
+    snapshot_failure: Failure | None
+    keep: int | None
+    git_commit: str | None
+    versions: Mapping[str, str]
+    timeout_s: float
+
+    @property
+    def final_dir(self) -> Path:
+        return names.published_path(self.run_dir, self.layout.kind, self.step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A published save: its path, the published steps of its kind, and what failed after publication, if anything."""
+
+    path: Path
+    steps: frozenset[int]
+    trouble: StillframeError | None
+
+
+def run_save(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterClient, tracker: Tracker) -> Outcome:
+    """Take this rank's part in the attempt and return its outcome; blocks, bounded by the job's timeout at each step.
+
+    Raises StillframeError, on every rank, if the save was not published; nothing of it is visible then.
+    """
+    try:
+        if meeting.rank == 0:
+            verdict = _as_rank_0(job, ballot, meeting, writer, tracker)
+        else:
+            ballot.await_open()
+            ballot.cast(_write(job, meeting, writer, tracker))
+            verdict = ballot.await_verdict()
+    finally:
+        ballot.acknowledge()
+    if verdict.failure is not None:
+        raise verdict.failure.exception(step=job.step, path=job.final_dir)
+    tracker.published()
+    trouble = None if verdict.trouble is None else verdict.trouble.exception(step=job.step, path=job.final_dir)
+    return Outcome(path=job.final_dir, steps=frozenset(verdict.steps), trouble=trouble)
+
+
+def _as_rank_0(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterClient, tracker: Tracker) -> Verdict:
+    publication = Publication(job.run_dir, job.layout, step=job.step, attempt=job.attempt, overwrite=job.overwrite)
+    try:
+        if job.snapshot_failure is not None:
+            raise job.snapshot_failure.exception(step=job.step, path=job.final_dir)
+        publication.prepare(job.inline_files)
+    except (StillframeError, OSError) as error:
+        failure = Failure.of(error, rank=0, stage="prepare")
+        ballot.open(failure)
+        publication.clean_up()
+        raise failure.exception(step=job.step, path=job.final_dir) from error
+    ballot.open(None)
+    ballot.cast(_write(job, meeting, writer, tracker))
+    try:
+        ballot.collect()
+        receipts = [_receipt(publication.hidden_dir, rank) for rank in range(meeting.world_size)]
+        published = list_checkpoints(job.run_dir, job.layout.kind)
+        sequence = 1 + max((entry.sequence for entry in published), default=0)
+        publication.publish(receipts, sequence=sequence, git_commit=job.git_commit, versions=job.versions)
+    except (StillframeError, OSError, ValueError) as error:
+        verdict = Verdict(failure=Failure.of(error, rank=0, stage="publish"), trouble=None, steps=())
+        ballot.decide(verdict)
+        publication.clean_up()
+        return verdict
+    entries, trouble = _after_publication(job, publication)
+    verdict = Verdict(failure=None, trouble=trouble, steps=tuple(sorted(entry.step for entry in entries)))
+    ballot.decide(verdict)
+    return verdict
+
+
+def _receipt(hidden_dir: Path, rank: int) -> Receipt:
+    return decode_receipt((hidden_dir / names.receipt_name(rank)).read_bytes())
+
+
+def _after_publication(job: SaveJob, publication: Publication) -> tuple[tuple[CatalogEntry, ...], Failure | None]:
+    """The link to the newest, then retention. What fails here takes nothing back: the checkpoint is published."""
+    stage = "link"
+    try:
+        replace_link(names.latest_path(job.run_dir, job.layout.kind), job.final_dir.name, job.attempt)
+        stage = "retention"
+        publication.clean_up()
+        for entry in superseded(list_checkpoints(job.run_dir, job.layout.kind), keep=job.keep):
+            remove(entry, attempt=job.attempt)
+    except OSError as error:
+        reason = f"the checkpoint is published, but then: {error}"
+        return list_checkpoints(job.run_dir, job.layout.kind), Failure(
+            error="SaveFailed", rank=0, stage=stage, reason=reason
+        )
+    return list_checkpoints(job.run_dir, job.layout.kind), None
+
+
+def _write(job: SaveJob, meeting: Rendezvous, writer: WriterClient, tracker: Tracker) -> Vote:
+    """Have the share written and return this rank's vote; a failure is a vote too."""
+    failure = job.snapshot_failure
+    if failure is None:
+        request = WriteRequest(
+            plan_id=job.plan_id,
+            kind=job.layout.kind,
+            step=job.step,
+            attempt=job.attempt,
+            directory=names.incomplete_path(job.run_dir, job.layout.kind, job.step),
+            marker_name=names.marker_name(job.attempt),
+            receipt_name=names.receipt_name(meeting.rank),
+            inline_files=job.inline_files,
+        )
+        try:
+            writer.write(request, timeout_s=job.timeout_s, on_progress=tracker.wrote)
+            tracker.written()
+        except WriterError as error:
+            cls = _WRITER_ERRORS[error.kind]
+            failure = Failure(error=cls.__name__, rank=meeting.rank, stage="write", reason=error.reason)
+    return Vote(rank=meeting.rank, step=job.step, layout_digest=job.layout.digest, failure=failure)

@@ -1,0 +1,1 @@
+"""What users see of saves: progress, reports, and failures."""
