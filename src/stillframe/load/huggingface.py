@@ -1,0 +1,174 @@
+"""Loading a Hugging Face directory into a model that exists, sharded or not: `stillframe.load_hf`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from stillframe.errors import ModelMismatch, UnsupportedModel
+from stillframe.layout.placement import Holding, holding
+from stillframe.layout.runs import Runs, overlap
+from stillframe.load.directory import WeightFile, listed, open_weights
+from stillframe.load.keys import load_keys
+from stillframe.load.matching import Match, Target, match
+from stillframe.load.reading import Reader
+
+_COMPARED_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a load did on this rank.
+
+    `bytes_read`: tensor data that this rank read, headers not counted. `missing`: tensors of the model that kept the
+    values they had. `unexpected`: keys of the files that were not used. Both are empty after a strict load.
+    """
+
+    bytes_read: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def load_hf(directory: str | os.PathLike[str], model: nn.Module, *, strict: bool = True) -> LoadReport:
+    """Load the weights of a Hugging Face directory into `model`, in place; blocks until they are there.
+
+    `directory` holds `model.safetensors`, or an index and its shards, in any form that Transformers loads for this
+    model: written by stillframe, by `save_pretrained`, or from the Hub; experts fused or apart. `model` is a
+    Transformers model: plain, wrapped in DistributedDataParallel, or sharded by `fully_shard` or as DTensors in any way
+    that stillframe can save. Neither number nor kind of ranks need be those of the save.
+
+    Each rank reads only the bytes that it holds (of a transposed tensor, such as the experts of Qwen3-VL-MoE in the
+    Hub's layout: the matrices that it holds any part of). Extra memory is 16 MiB, plus one such matrix, plus a copy of
+    a tensor whose memory is not contiguous. There is no communication: every rank calls this, each for itself, and an
+    error on one rank is not known to the others.
+
+    Values are bit-identical where dtypes agree. Floating-point numbers of 16 bits and more are cast to the model's
+    dtype as `Tensor.copy_` does; any other difference of dtypes is refused. Tied weights may be stored under any or all
+    of their names. How the model is saved later does not depend on what was loaded, other than with `from_pretrained`.
+
+    A model on the meta device needs memory first: `model.to_empty(device=...)`, then `model.tie_weights()`, then
+    `model.init_weights()` for the buffers that no file holds, such as rotary frequencies.
+
+    Raises NotACheckpoint or CorruptCheckpoint for the directory, UnsupportedModel or UnsupportedPlacement for the
+    model, ModelMismatch with all missing and unexpected keys, wrong shapes and dtypes at once. All of these come before
+    anything is written to the model. `strict=False` allows missing and unexpected keys. LoadError or
+    CorruptCheckpoint while reading (an I/O error, a file cut short meanwhile) leaves the model partly loaded.
+    """
+    inner = _ready_model(model)
+    with open_weights(Path(directory)) as files:
+        found, reader = _plan(Path(directory), files, inner, strict)
+        held = {target.name: _holding(target) for target in found.targets}
+        for target in found.targets:
+            _check_ties(Path(directory), reader, target, held[target.name])
+        work = [(target, _local_runs(target.runs, held[target.name])) for target in found.targets]
+        work = [(target, runs) for target, runs in work if len(runs)]
+        for target, runs in sorted(work, key=lambda pair: reader.position(pair[1])):
+            _fill(reader, target.tensor, runs)
+    return LoadReport(bytes_read=reader.bytes_read, missing=found.missing, unexpected=found.unexpected)
+
+
+def _ready_model(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model inside, with FSDP parameters in their sharded state, able to take values."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is not a transformers PreTrainedModel; only those can be loaded from a "
+            "Hugging Face directory"
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModel(f"{type(model).__name__} is quantized; load the weights before it is quantized")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModel(f"{type(model).__name__} carries PEFT adapters; load the weights before adding them")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward without a backward (evaluation) leaves parameters gathered
+    return model
+
+
+def _plan(directory: Path, files: Sequence[WeightFile], model: PreTrainedModel, strict: bool) -> tuple[Match, Reader]:
+    state = model.state_dict(keep_vars=True)
+    strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise UnsupportedModel(f"{type(model).__name__}: not tensors, so not in safetensors files: {listed(strange)}")
+    empty = [name for name, tensor in state.items() if _local(tensor).device.type == "meta"]
+    if empty:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: {len(empty)} tensors are on the meta device and cannot take values: "
+            f"{listed(empty)}. First call model.to_empty(device=...), model.tie_weights() and model.init_weights()"
+        )
+    stored = {tensor.name: tensor for file in files for tensor in file.tensors}
+    keys = load_keys(model, state, stored)
+    found = match(model, state, keys, stored)
+    differences = found.differences(strict=strict)
+    if differences:
+        raise ModelMismatch(f"{directory} does not fit {type(model).__name__}: {differences}")
+    return found, Reader(files, keys.sources)
+
+
+def _holding(target: Target) -> Holding:
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    # A buffer, too, is held by every rank: each must get its values.
+    return holding(target.name, target.tensor, rank=rank, world_size=world_size, is_parameter=True)
+
+
+def _local_runs(runs: Runs, held: Holding) -> Runs:
+    """The part of `runs`, over a whole tensor, that this rank holds, as runs over its local tensor."""
+    mine = held.runs
+    a, b, start, length = overlap(runs.start, runs.length, mine.start, mine.length)
+    into = mine.source_start[b] + (start - mine.start[b])
+    return Runs(into, runs.source[a], runs.source_start[a] + (start - runs.start[a]), length)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _fill(reader: Reader, tensor: torch.Tensor, runs: Runs) -> None:
+    local = _local(tensor).detach()
+    if local.is_contiguous():
+        reader.fill(local.view(-1), runs)
+    else:
+        values = torch.empty(local.shape, dtype=local.dtype, device=local.device)
+        reader.fill(values.view(-1), runs)
+        local.copy_(values)
+
+
+def _check_ties(directory: Path, reader: Reader, target: Target, held: Holding) -> None:
+    """Refuse a tied tensor that the files hold under several names with different values: which one is meant?"""
+    for other, runs in target.same_as.items():
+        pairs = zip(_pieces(target, target.runs, held), _pieces(target, runs, held), strict=True)
+        for (size, one), (_, two) in pairs:
+            values = torch.empty(2, size, dtype=target.tensor.dtype)
+            reader.fill(values[0], one)
+            reader.fill(values[1], two)
+            if not torch.equal(values[0].view(torch.uint8), values[1].view(torch.uint8)):
+                raise ModelMismatch(
+                    f"{directory}: {target.name} and {other} are one tensor in the model but have different values in "
+                    "the files; the model that was saved did not tie them (config.json: tie_word_embeddings)"
+                )
+
+
+def _pieces(target: Target, runs: Runs, held: Holding) -> Iterator[tuple[int, Runs]]:
+    """The local part of `runs` cut into pieces of bounded size: `(elements, runs over the piece)`."""
+    local = _local_runs(runs, held)
+    elements = _local(target.tensor).numel()
+    lows = np.arange(0, elements, _COMPARED_ELEMENTS, dtype=np.int64)
+    for low in lows.tolist():
+        size = min(_COMPARED_ELEMENTS, elements - low)
+        r, _, start, length = overlap(local.start, local.length, np.array([low]), np.array([size]))
+        source_start = local.source_start[r] + (start - local.start[r])
+        yield size, Runs(start - low, local.source[r], source_start, length)
