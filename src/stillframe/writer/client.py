@@ -27,10 +27,6 @@ from stillframe.writer.attempt import total_bytes
 from stillframe.writer.framing import Connection, Frame, PeerGone, ProtocolError
 from stillframe.writer.messages import plan_to_object, receipt_from_object, request_to_object
 
-# After SIGTERM the writer ends at its next block, after SIGKILL at the kernel's next chance; neither takes long unless
-# the disk itself hangs.
-_SIGNAL_TIMEOUT_S = 10.0
-
 
 class WriterError(Exception):
     """A writer process did not do what it was asked. Internal: the commit turns it into one of `stillframe.errors`.
@@ -63,13 +59,21 @@ class WriterClient:
     """
 
     def __init__(
-        self, *, start_timeout_s: float = 60.0, heartbeat_timeout_s: float = 60.0, python: str = sys.executable
+        self,
+        *,
+        start_timeout_s: float = 60.0,
+        heartbeat_timeout_s: float = 60.0,
+        signal_timeout_s: float = 10.0,
+        python: str = sys.executable,
     ) -> None:
         """Start the process and wait until it is ready.
 
-        `heartbeat_timeout_s` is how long it may be silent during a write before it counts as hung. Raises WriterError
-        if it ends or is not ready within `start_timeout_s` (it is gone then), and OSError if it cannot be started.
+        `heartbeat_timeout_s` is how long it may be silent during a write before it counts as hung, `signal_timeout_s`
+        how long it gets to end after a signal: at its next block after SIGTERM, at the kernel's next chance after
+        SIGKILL; neither takes long unless the disk hangs. Raises WriterError if it ends or is not ready within
+        `start_timeout_s` (it is gone then), and OSError if it cannot be started.
         """
+        self._signal_timeout_s = signal_timeout_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._plan: WritePlan | None = None
         self._closed = False
@@ -169,7 +173,7 @@ class WriterClient:
             self._closed = True
             # Another thread may be on its way out of `write`, and uses the descriptors until then. If it hangs in its
             # own on_progress, they are left to the garbage collector.
-            if self._conversation.acquire(timeout=_SIGNAL_TIMEOUT_S):
+            if self._conversation.acquire(timeout=self._signal_timeout_s):
                 self._finalizer()
                 self._conversation.release()
 
@@ -252,7 +256,7 @@ class WriterClient:
 
     def _died(self) -> WriterError:
         """What to raise once the process has hung up: how it ended."""
-        if not self._wait_for_end(_SIGNAL_TIMEOUT_S):
+        if not self._wait_for_end(self._signal_timeout_s):
             self._kill()
         return WriterError("died", f"the writer process (pid {self.pid}) {_ending(self._process.poll())}")
 
@@ -268,7 +272,7 @@ class WriterClient:
         if self._wait_for_end(max(0.0, deadline - time.monotonic())):
             return
         self._process.terminate()
-        if not self._wait_for_end(_SIGNAL_TIMEOUT_S) and not self._kill():
+        if not self._wait_for_end(self._signal_timeout_s) and not self._kill():
             raise WriterError(
                 "timeout",
                 f"the writer process (pid {self.pid}) cannot be killed: the kernel holds it in a call that hangs, "
@@ -278,7 +282,7 @@ class WriterClient:
     def _kill(self) -> bool:
         """SIGKILL; whether it ended in a few seconds. From the signal on it neither writes nor leaves a receipt."""
         self._process.kill()
-        return self._wait_for_end(_SIGNAL_TIMEOUT_S)
+        return self._wait_for_end(self._signal_timeout_s)
 
     def _wait_for_end(self, timeout_s: float) -> bool:
         try:

@@ -18,7 +18,14 @@ from stillframe.records import Extent, FileReceipt, FileShare
 from stillframe.writer.blocks import FileBlocks, cut_blocks
 from stillframe.writer.directory import FileWriteError, OpenDirectory
 from stillframe.writer.files import Stopped, WriteMethod, _preallocate, write_files
-from tests.unit.writer.saves import Scenario, SharedArena, check_file_receipt, scenarios, whole_file_plan
+from tests.unit.writer.saves import (
+    Scenario,
+    SharedArena,
+    check_file_receipt,
+    count_own_descriptors,
+    scenarios,
+    whole_file_plan,
+)
 
 METHODS = {
     "defaults": WriteMethod(),
@@ -83,7 +90,7 @@ def base_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @methods
 def test_any_layout_is_written_exactly(base_dir: Path, method: WriteMethod) -> None:
     @given(scenarios(ranks=3), st.sampled_from([1 << 16, 4 << 20]))
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=20, deadline=None)
     def check(scenario: Scenario, block_bytes: int) -> None:
         with tempfile.TemporaryDirectory(dir=base_dir) as directory:
             write_scenario(scenario, Path(directory), method, block_bytes)
@@ -168,7 +175,7 @@ def test_stopping_between_blocks(tmp_path: Path) -> None:
 
 @methods
 def test_no_descriptor_and_no_thread_is_left(tmp_path: Path, method: WriteMethod) -> None:
-    before = (len(list(Path("/proc/self/fd").iterdir())), threading.active_count())
+    before = (count_own_descriptors(), threading.active_count())
     files, arena = cut_whole_files({"a": os.urandom(2 << 20), "b": b"1"})
     with SharedArena(arena) as shared:
         write(tmp_path, shared.view, files, method=method)
@@ -176,7 +183,7 @@ def test_no_descriptor_and_no_thread_is_left(tmp_path: Path, method: WriteMethod
         (tmp_path / "b").mkdir()
         with pytest.raises(FileWriteError, match="'b' failed: Is a directory"):
             write(tmp_path, shared.view, files, method=method)
-    assert (len(list(Path("/proc/self/fd").iterdir())), threading.active_count()) == before
+    assert (count_own_descriptors(), threading.active_count()) == before
 
 
 def test_the_checksum_is_the_published_one() -> None:
