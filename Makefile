@@ -26,6 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 setup: $(INSTALLED)
+	@:
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo/run.py

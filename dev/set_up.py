@@ -92,8 +92,8 @@ def pip_install(python: Path, *arguments: str, timeout_s: float) -> str:
 
 def describe_torch(python: Path) -> str:
     """Version and build of the torch that was installed, by importing it."""
-    program = "import torch; print('torch', torch.__version__, 'for CUDA', torch.version.cuda or '(none: CPU build)')"
-    command = [python, "-c", program]
+    build = "f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPU'"
+    command = [python, "-c", f"import torch; print('torch', torch.__version__, 'built for', {build})"]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120, check=True).stdout.strip()
 
 
