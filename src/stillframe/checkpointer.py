@@ -134,6 +134,11 @@ class Checkpointer:
         """The published saves of this Checkpointer, oldest first (at most the last 256)."""
         return tuple(self._reports)
 
+    @property
+    def writer_pid(self) -> int:
+        """The id of this rank's writer process, for tools that watch its memory or set its priority."""
+        return self._live_export().writer.pid
+
     def close(self) -> None:
         """Wait for the save in flight, end the writer process, free the arena; then raise a failure not raised yet.
 
@@ -176,9 +181,13 @@ class Checkpointer:
         )
         return self._export.layout.digest
 
-    def _launch(self, step: int, *, overwrite: bool) -> Future[Path]:
-        if self._closed:
+    def _live_export(self) -> Export:
+        if self._closed or self._export is None:
             raise ClosedError(f"this Checkpointer of {self._options.run_dir} is closed")
+        return self._export
+
+    def _launch(self, step: int, *, overwrite: bool) -> Future[Path]:
+        self._live_export()
         if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < _MAX_STEP:
             raise OptionError(f"step must be an integer from 0 to 10^18 - 1, not {step!r}")
         tracker = Tracker(step)
@@ -190,11 +199,11 @@ class Checkpointer:
             # Known on all ranks alike since the last verdict, so all refuse, and none waits for the others.
             reason = "it exists already; pass overwrite=True to replace it"
             raise CheckpointExists(reason, step=step, rank=None, stage="prepare", path=final_dir)
-        assert self._export is not None, "a Checkpointer that is not closed has an export"
+        export = self._live_export()
         failure: Failure | None = None
         inline_files: tuple[InlineFile, ...] = ()
         try:
-            inline_files = self._export.snapshot()
+            inline_files = export.snapshot()
         except Exception as error:  # noqa: BLE001  # the other ranks must learn of it, or they would wait for this one
             failure = Failure.of(error, rank=self._meeting.rank, stage="snapshot")
             _log.exception("the snapshot for step %d failed on rank %d", step, self._meeting.rank)
@@ -202,8 +211,8 @@ class Checkpointer:
         ballot = self._new_ballot(step, final_dir)
         job = SaveJob(
             run_dir=self._options.run_dir,
-            layout=self._export.layout,
-            plan_id=self._export.plan_id,
+            layout=export.layout,
+            plan_id=export.plan_id,
             step=step,
             attempt=ballot.attempt,
             overwrite=overwrite,
@@ -218,7 +227,7 @@ class Checkpointer:
         self._in_flight = (future, tracker)
         threading.Thread(
             target=self._run,
-            args=(job, ballot, self._export, tracker, future),
+            args=(job, ballot, export, tracker, future),
             name=f"stillframe-save-hf-{step}",
             daemon=True,  # a training that ends with an exception must not wait for it
         ).start()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -62,19 +62,16 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Watched:
-    """Tells in a few microseconds per hundred tensors whether a model still has the tensors it was planned with."""
+    """Tells, in about a microsecond per tensor, whether a model still consists of what it was planned with."""
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-        slots = {id(tensor): name for name, tensor in tensors.items()}
-        self._slots: list[tuple[Mapping[str, torch.Tensor | None], str, torch.Tensor, torch.Size, torch.dtype]] = []
-        self._reshards: list[Callable[[], None]] = []
+        self._tensors = [(t, local_of(t).shape, t.dtype) for t in tensors.values()]
+        self._reshards = [m.reshard for m in model.modules() if isinstance(m, FSDPModule)]
+        self._tables: list[Mapping[str, object]] = []
         for module in model.modules():
-            if isinstance(module, FSDPModule):
-                self._reshards.append(module.reshard)
-            for table in (module._parameters, module._buffers):
-                for key, tensor in table.items():
-                    if tensor is not None and id(tensor) in slots:
-                        self._slots.append((table, key, tensor, local_of(tensor).shape, tensor.dtype))
+            self._tables += (module._parameters, module._buffers, module._modules)
+        self._members = [list(table.values()) for table in self._tables]  # kept alive, so that ids are not reused
+        self._ids = [[*map(id, members)] for members in self._members]
 
     def reshard(self) -> None:
         """Put FSDP parameters back into their sharded state, as `state_dict()` would: a forward without a backward
@@ -83,8 +80,7 @@ class Watched:
             reshard()
 
     def unchanged(self) -> bool:
-        """Whether every tensor is the object, of the shape and dtype, that it was."""
+        """Whether the modules hold the same submodules, parameters and buffers, of the same shapes and dtypes."""
         return all(
-            table.get(key) is tensor and local_of(tensor).shape == shape and tensor.dtype == dtype
-            for table, key, tensor, shape, dtype in self._slots
-        )
+            [*map(id, table.values())] == ids for table, ids in zip(self._tables, self._ids, strict=True)
+        ) and all(local_of(tensor).shape == shape and tensor.dtype == dtype for tensor, shape, dtype in self._tensors)
