@@ -90,7 +90,7 @@ class OpenDirectory:
             pwrite_fully(fd, memoryview(content), 0, name)
             sync_file(fd, name)
         finally:
-            os.close(fd)
+            close_file(fd, name)
 
     def replace(self, name: str, content: bytes) -> None:
         """Give `name` a new content, whole or not at all, whatever was there. Content and name are durable on return.
@@ -156,6 +156,14 @@ def sync_file(fd: int, name: str) -> None:
         os.fsync(fd)
     except OSError as error:
         raise FileWriteError("fsync of", name, error) from error
+
+
+def close_file(fd: int, name: str) -> None:
+    """Close, once: after an error the descriptor is gone all the same (close(2))."""
+    try:
+        os.close(fd)
+    except OSError as error:
+        raise FileWriteError("closing", name, error) from error
 
 
 def _make_directory(leaf: str, parent_fd: int) -> None:

@@ -23,7 +23,7 @@ from awscrt.checksums import combine_crc64nvme, crc64nvme
 
 from stillframe.records import FileReceipt, WrittenExtent
 from stillframe.writer.blocks import DIRECT_ALIGNMENT_BYTES, Block, FileBlocks
-from stillframe.writer.directory import FileWriteError, OpenDirectory, pwrite_fully, sync_file
+from stillframe.writer.directory import FileWriteError, OpenDirectory, close_file, pwrite_fully, sync_file
 
 BLOCK_BYTES = 4 << 20
 
@@ -186,10 +186,10 @@ class _SharedFile:
 
     def close(self) -> None:
         with self._lock:
-            for fd in (self._direct_fd, self._fd):
-                if fd is not None:
-                    os.close(fd)
+            open_fds = [fd for fd in (self._direct_fd, self._fd) if fd is not None]
             self._direct_fd = self._fd = None
+        for fd in open_fds:
+            close_file(fd, self.share.name)
 
     def _grow(self, fd: int) -> None:
         """Give the file its size, with space behind it where the file system can; other ranks do the same at once.
