@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import torch
@@ -59,15 +60,14 @@ def holding(name: str, tensor: torch.Tensor, *, rank: int, world_size: int, is_p
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank of a mesh that spans all ranks has a coordinate"
     shape = tuple(tensor.shape)
-    per_dim = [
-        _held_along(size, _shards_of(dim, placements, tuple(mesh.mesh.shape)), tuple(coordinate))
-        for dim, size in enumerate(shape)
-    ]
+    shards = [_shards_of(dim, placements, tuple(mesh.mesh.shape)) for dim in range(len(shape))]
     for dim, size in enumerate(shape):
-        _prove_partition(name, dim, size, _shards_of(dim, placements, tuple(mesh.mesh.shape)))
+        _prove_partition(name, dim, size, shards[dim])
+        _refuse_ambiguous(name, dim, size, shards[dim])
+    per_dim = [_held_along(size, shards[dim], tuple(coordinate)) for dim, size in enumerate(shape)]
     expected = tuple(sum(length for _, length in intervals) for intervals in per_dim)
     local_shape = tuple(tensor._local_tensor.shape)
-    if math.prod(expected) != tensor._local_tensor.numel():
+    if expected != local_shape and (tensor._local_tensor.numel() or 0 not in expected):
         raise UnsupportedPlacement(
             f"{name}: this rank's shard has shape {local_shape} but {placements} of {shape} over "
             f"{tuple(mesh.mesh.shape)} devices makes it {expected}"
@@ -114,7 +114,18 @@ def _held_along(size: int, shards: _DimShards, coordinate: tuple[int, ...]) -> I
     for mesh_dim, parts, split_factor in shards:
         blocks = _chunks(held, split_factor)
         held = tuple(piece for block in blocks for piece in _chunks(block, parts)[coordinate[mesh_dim]])
-    return tuple((start, length) for start, length in held if length)
+    return _joined(held)
+
+
+def _joined(intervals: Intervals) -> Intervals:
+    """The same indices with neighbouring intervals made one."""
+    joined: list[tuple[int, int]] = []
+    for start, length in intervals:
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = (joined[-1][0], joined[-1][1] + length)
+        elif length:
+            joined.append((start, length))
+    return tuple(joined)
 
 
 def _chunks(intervals: Intervals, parts: int) -> list[Intervals]:
@@ -156,6 +167,38 @@ def _partitions(size: int, shards: _DimShards) -> bool:
 def _prove_partition(name: str, dim: int, size: int, shards: _DimShards) -> None:
     if not _partitions(size, shards):
         raise UnsupportedPlacement(f"{name}: the shards along dimension {dim} (size {size}) do not tile it: {shards}")
+
+
+def _refuse_ambiguous(name: str, dim: int, size: int, shards: _DimShards) -> None:
+    """Refuse, on every rank, uneven shards whose content depends on who made them.
+
+    `fully_shard` over a tensor-parallel dimension cuts for tensor parallelism first, and describes that as
+    `_StridedShard` followed by `Shard`. Where the cuts are uneven, torch's own reading of that description (and so
+    its `full_tensor()`) gives other indices than the shards really hold.
+    """
+    if _order_matters(size, shards):
+        parts = [count for _, count, _ in shards]
+        raise UnsupportedPlacement(
+            f"{name}: dimension {dim} of size {size} is sharded unevenly over mesh dimensions of {parts} devices, with "
+            f"_StridedShard: what the shards hold is ambiguous. Use sizes that {math.prod(parts)} divides"
+        )
+
+
+@lru_cache(maxsize=4096)
+def _order_matters(size: int, shards: _DimShards) -> bool:
+    first = next((i for i, (_, _, split_factor) in enumerate(shards) if split_factor > 1), len(shards))
+    later = shards[first + 1 :]
+    if not later or shards[first][2] != math.prod(count for _, count, _ in later):
+        return False  # a _StridedShard of another origin: only torch's own reading exists
+    mesh_dim, parts, _ = shards[first]
+    reordered = (*shards[:first], *later, (mesh_dim, parts, 1))
+    coordinate = [0] * (1 + max(mesh_dim for mesh_dim, _, _ in shards))
+    for place in product(*(range(count) for _, count, _ in shards)):
+        for (mesh_dim, _, _), part in zip(shards, place, strict=True):
+            coordinate[mesh_dim] = part
+        if _held_along(size, shards, tuple(coordinate)) != _held_along(size, reordered, tuple(coordinate)):
+            return True
+    return False
 
 
 def _flat_runs(shape: tuple[int, ...], per_dim: list[Intervals]) -> Runs:
