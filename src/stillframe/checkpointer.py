@@ -10,7 +10,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +36,13 @@ _log = logging.getLogger("stillframe")
 _KEPT_REPORTS = 256
 _GOODBYE_TIMEOUT_S = 60.0
 _MAX_STEP = 10**18
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    thread: threading.Thread
+    future: Future[Path]
+    tracker: Tracker
 
 
 class Checkpointer:
@@ -77,7 +85,7 @@ class Checkpointer:
         )
         self._monitor = Monitor()
         self._reports: deque[SaveReport] = deque(maxlen=_KEPT_REPORTS)
-        self._in_flight: tuple[Future[Path], Tracker] | None = None
+        self._in_flight: _InFlight | None = None
         self._attempts = 0
         self._closed = False
         self._export: Export | None = None
@@ -109,13 +117,17 @@ class Checkpointer:
         return self._launch(step, overwrite=overwrite)
 
     def save_hf(self, step: int, *, overwrite: bool = False) -> Path:
-        """Export as `async_save_hf` does, the same bytes, and wait until it is published. Raises SaveFailed if not."""
+        """Export as `async_save_hf` does, the same bytes, and wait until it is over, link and retention included.
+
+        Raises SaveFailed if it was not published, or if what follows publication failed (`stage` tells).
+        """
         future = self._launch(step, overwrite=overwrite)
         try:
             path = future.result()
         except StillframeError as error:
             self._monitor.withdraw(error)
             raise
+        self._wait_for_in_flight()
         self.check()
         return path
 
@@ -127,7 +139,7 @@ class Checkpointer:
     def in_flight(self) -> SaveProgress | None:
         """How far the save in flight is on this rank; None if there is none."""
         current = self._in_flight
-        return None if current is None or current[0].done() else current[1].progress()
+        return current.tracker.progress() if current is not None and current.thread.is_alive() else None
 
     @property
     def reports(self) -> Sequence[SaveReport]:
@@ -224,46 +236,43 @@ class Checkpointer:
             timeout_s=self._options.save_timeout_s,
         )
         future: Future[Path] = Future()
-        self._in_flight = (future, tracker)
-        threading.Thread(
+        thread = threading.Thread(
             target=self._run,
             args=(job, ballot, export, tracker, future),
             name=f"stillframe-save-hf-{step}",
             daemon=True,  # a training that ends with an exception must not wait for it
-        ).start()
+        )
+        self._in_flight = _InFlight(thread, future, tracker)
+        thread.start()
         return future
 
     def _run(self, job: SaveJob, ballot: Ballot, export: Export, tracker: Tracker, future: Future[Path]) -> None:
         """The save's own thread: whatever happens here reaches the future and the monitor."""
+
+        def on_published() -> None:
+            self._reports.append(tracker.report(job.final_dir, export.staged_bytes))
+            future.set_result(job.final_dir)
+
         try:
-            outcome = run_save(job, ballot, self._meeting, export.writer, tracker)
-        except BaseException as error:  # noqa: BLE001  # the future must end, whatever happened
-            failure: StillframeError
-            if isinstance(error, StillframeError):
-                failure = error
-            else:
-                failure = SaveFailed(
-                    f"{type(error).__name__}: {error}", step=job.step, rank=None, stage="vote", path=job.final_dir
-                )
-                failure.__cause__ = error
+            aftermath = run_save(job, ballot, self._meeting, export.writer, tracker, on_published)
+            if self._meeting.rank == 0:
+                self._ballot.forget()  # every rank has voted on this attempt, so each is done with the one before
+            self._steps = frozenset(aftermath.steps)
+            if aftermath.trouble is not None:
+                raise aftermath.trouble.exception(step=job.step, path=job.final_dir)
+        except BaseException as error:  # noqa: BLE001  # the future must end, and the user must learn, whatever it is
+            failure = error if isinstance(error, StillframeError) else _unexpected(error, job)
             _log.error("%s", failure)
-            self._ballot = ballot
             self._monitor.report(failure)
-            future.set_exception(failure)
-            return
-        if self._meeting.rank == 0:
-            self._ballot.forget()  # every rank has voted on this attempt, so each is done with the one before
-        self._ballot = ballot
-        self._steps = outcome.steps
-        self._reports.append(tracker.report(outcome.path, export.staged_bytes))
-        if outcome.trouble is not None:
-            _log.error("%s", outcome.trouble)
-            self._monitor.report(outcome.trouble)
-        future.set_result(outcome.path)
+            if not future.done():
+                future.set_exception(failure)
+        finally:
+            self._ballot = ballot
 
     def _wait_for_in_flight(self) -> None:
+        """Wait until the save in flight is over, link and retention included; bounded, for each step of a save is."""
         if self._in_flight is not None:
-            wait([self._in_flight[0]])  # bounded: each step of a save is
+            self._in_flight.thread.join()
             self._in_flight = None
 
     def _release(self) -> None:
@@ -285,6 +294,13 @@ class Checkpointer:
             self.close()
         except StillframeError as error:
             _log.error("while closing after an exception: %s", error)
+
+
+def _unexpected(error: BaseException, job: SaveJob) -> SaveFailed:
+    reason = f"{type(error).__name__}: {error}"
+    failure = SaveFailed(reason, step=job.step, rank=None, stage="vote", path=job.final_dir)
+    failure.__cause__ = error
+    return failure
 
 
 def _exit_handler(reference: weakref.ref[Checkpointer]) -> Callable[[], None]:

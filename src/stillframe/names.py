@@ -17,10 +17,10 @@ MANIFEST_NAME = "stillframe.json"
 WORK_DIR_NAME = ".stillframe"
 KINDS = ("hf",)
 
-_STEP = r"(0|[1-9]\d{0,17})"
+_STEP = r"(0|[1-9][0-9]{0,17})"  # not \d, which takes the digits of every script
 _KIND = f"({'|'.join(KINDS)})"
 _PUBLISHED = re.compile(rf"{_KIND}-{_STEP}")
-_RETIRED = re.compile(rf"\.{_KIND}-{_STEP}\.retired-[0-9a-f]{{8,64}}\.\d{{1,9}}")
+_RETIRED = re.compile(rf"\.{_KIND}-{_STEP}\.retired-[0-9a-f]{{8,64}}\.[0-9]{{1,9}}")
 
 
 def published_path(run_dir: Path, kind: str, step: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -50,9 +51,10 @@ class CheckpointerOptions:
         if isinstance(size, int) and not isinstance(size, bool) and size > 0:
             return size
         if isinstance(size, str):
-            match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]B)\s*", size, re.IGNORECASE)
-            if match and (size_bytes := int(float(match[1]) * _UNITS[match[2].upper()])) > 0:
-                return size_bytes
+            match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]B)\s*", size, re.IGNORECASE | re.ASCII)
+            size_bytes = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
+            if 1 <= size_bytes < math.inf:
+                return int(size_bytes)
         raise OptionError(
             f"max_shard_size must be a positive number of bytes or text such as '500MB' or '5GB', not {size!r}"
         )

@@ -6,16 +6,16 @@ others:                   wait for open ─▶ write ─▶ vote ─▶         
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stillframe import names
-from stillframe.catalog.directory import CatalogEntry, list_checkpoints
+from stillframe.catalog.directory import list_checkpoints
 from stillframe.catalog.retention import remove, superseded
 from stillframe.commit.publish import Publication
 from stillframe.commit.rendezvous import Rendezvous
-from stillframe.commit.vote import Ballot, Failure, Verdict, Vote
+from stillframe.commit.vote import Aftermath, Ballot, Failure, Vote
 from stillframe.durable import replace_link
 from stillframe.errors import SaveFailed, SaveTimeout, StillframeError, WriteFailed, WriterDied
 from stillframe.records import InlineFile, Layout, Receipt, WriteRequest
@@ -56,46 +56,47 @@ class SaveJob:
         return names.published_path(self.run_dir, self.layout.kind, self.step)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """A published save: its path, the published steps of its kind, and what failed after publication, if anything."""
+def run_save(
+    job: SaveJob,
+    ballot: Ballot,
+    meeting: Rendezvous,
+    writer: WriterClient,
+    tracker: Tracker,
+    on_published: Callable[[], None],
+) -> Aftermath:
+    """Take this rank's part in the attempt; blocks, bounded by the job's timeout at each step.
 
-    path: Path
-    steps: frozenset[int]
-    trouble: StillframeError | None
-
-
-def run_save(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterClient, tracker: Tracker) -> Outcome:
-    """Take this rank's part in the attempt and return its outcome; blocks, bounded by the job's timeout at each step.
-
-    Raises StillframeError, on every rank, if the save was not published; nothing of it is visible then.
+    `on_published` is called as soon as this rank knows that the checkpoint is published; the link and retention
+    follow. Raises StillframeError, on every rank, if it was not published; nothing of it is visible then.
     """
     try:
         if meeting.rank == 0:
-            verdict = _as_rank_0(job, ballot, meeting, writer, tracker)
-        else:
-            ballot.await_open()
-            ballot.cast(_write(job, meeting, writer, tracker))
-            verdict = ballot.await_verdict()
+            publication = _publish(job, ballot, meeting, writer, tracker)
+            tracker.published()
+            on_published()
+            aftermath = _after_publication(job, publication)
+            ballot.conclude(aftermath)
+            return aftermath
+        ballot.await_open()
+        ballot.cast(_write(job, meeting, writer, tracker))
+        ballot.await_verdict()
+        tracker.published()
+        on_published()
+        return ballot.await_aftermath()
     finally:
         ballot.acknowledge()
-    if verdict.failure is not None:
-        raise verdict.failure.exception(step=job.step, path=job.final_dir)
-    tracker.published()
-    trouble = None if verdict.trouble is None else verdict.trouble.exception(step=job.step, path=job.final_dir)
-    return Outcome(path=job.final_dir, steps=frozenset(verdict.steps), trouble=trouble)
 
 
-def _as_rank_0(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterClient, tracker: Tracker) -> Verdict:
+def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterClient, tracker: Tracker) -> Publication:
+    """Rank 0's part up to the verdict, which it has told everyone when this returns or raises."""
     publication = Publication(job.run_dir, job.layout, step=job.step, attempt=job.attempt, overwrite=job.overwrite)
     try:
         if job.snapshot_failure is not None:
             raise job.snapshot_failure.exception(step=job.step, path=job.final_dir)
         publication.prepare(job.inline_files)
     except (StillframeError, OSError) as error:
-        failure = Failure.of(error, rank=0, stage="prepare")
+        failure = _given_up(publication, error, "prepare")
         ballot.open(failure)
-        publication.clean_up()
         raise failure.exception(step=job.step, path=job.final_dir) from error
     ballot.open(None)
     ballot.cast(_write(job, meeting, writer, tracker))
@@ -106,22 +107,29 @@ def _as_rank_0(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: Writer
         sequence = 1 + max((entry.sequence for entry in published), default=0)
         publication.publish(receipts, sequence=sequence, git_commit=job.git_commit, versions=job.versions)
     except (StillframeError, OSError, ValueError) as error:
-        verdict = Verdict(failure=Failure.of(error, rank=0, stage="publish"), trouble=None, steps=())
-        ballot.decide(verdict)
+        failure = _given_up(publication, error, "publish")
+        ballot.decide(failure)
+        raise failure.exception(step=job.step, path=job.final_dir) from error
+    ballot.decide(None)
+    return publication
+
+
+def _given_up(publication: Publication, error: Exception, stage: str) -> Failure:
+    failure = Failure.of(error, rank=0, stage=stage)
+    try:
         publication.clean_up()
-        return verdict
-    entries, trouble = _after_publication(job, publication)
-    verdict = Verdict(failure=None, trouble=trouble, steps=tuple(sorted(entry.step for entry in entries)))
-    ballot.decide(verdict)
-    return verdict
+    except OSError as leftover:
+        failure = replace(failure, reason=f"{failure.reason}; and what was written could not be removed: {leftover}")
+    return failure
 
 
 def _receipt(hidden_dir: Path, rank: int) -> Receipt:
     return decode_receipt((hidden_dir / names.receipt_name(rank)).read_bytes())
 
 
-def _after_publication(job: SaveJob, publication: Publication) -> tuple[tuple[CatalogEntry, ...], Failure | None]:
+def _after_publication(job: SaveJob, publication: Publication) -> Aftermath:
     """The link to the newest, then retention. What fails here takes nothing back: the checkpoint is published."""
+    trouble: Failure | None = None
     stage = "link"
     try:
         replace_link(names.latest_path(job.run_dir, job.layout.kind), job.final_dir.name, job.attempt)
@@ -131,10 +139,9 @@ def _after_publication(job: SaveJob, publication: Publication) -> tuple[tuple[Ca
             remove(entry, attempt=job.attempt)
     except OSError as error:
         reason = f"the checkpoint is published, but then: {error}"
-        return list_checkpoints(job.run_dir, job.layout.kind), Failure(
-            error="SaveFailed", rank=0, stage=stage, reason=reason
-        )
-    return list_checkpoints(job.run_dir, job.layout.kind), None
+        trouble = Failure(error="SaveFailed", rank=0, stage=stage, reason=reason)
+    steps = sorted(entry.step for entry in list_checkpoints(job.run_dir, job.layout.kind))
+    return Aftermath(trouble=trouble, steps=tuple(steps))
 
 
 def _write(job: SaveJob, meeting: Rendezvous, writer: WriterClient, tracker: Tracker) -> Vote:

@@ -8,7 +8,7 @@ from pathlib import Path
 from stillframe.catalog.directory import list_checkpoints
 from stillframe.commit.probe import Probe
 from stillframe.commit.rendezvous import Rendezvous
-from stillframe.commit.vote import Ballot, Failure, Verdict, Vote
+from stillframe.commit.vote import Aftermath, Ballot, Failure, Vote
 from stillframe.errors import StillframeError
 
 
@@ -30,14 +30,17 @@ def agree_to_start(run_dir: Path, ballot: Ballot, meeting: Rendezvous, set_up: C
             own_error = error
         failure = None if own_error is None else Failure.of(own_error, rank=meeting.rank, stage="start")
         ballot.cast(Vote(rank=meeting.rank, step=None, layout_digest=digest, failure=failure))
-        verdict = _decide(run_dir, probe, ballot, meeting) if meeting.rank == 0 else ballot.await_verdict()
+        if meeting.rank == 0:
+            return frozenset(_decide(run_dir, probe, ballot, meeting))
+        ballot.await_verdict()
+        return frozenset(ballot.await_aftermath().steps)
+    except StillframeError as verdict:
+        # On the rank where it failed, the original says more than what came back from the vote.
+        if isinstance(own_error, StillframeError) and str(verdict).endswith(str(own_error)):
+            raise own_error from None
+        raise verdict from own_error
     finally:
         ballot.acknowledge()
-    if verdict.failure is None:
-        return frozenset(verdict.steps)
-    if own_error is not None and verdict.failure.rank == meeting.rank and isinstance(own_error, StillframeError):
-        raise own_error
-    raise verdict.failure.exception(step=None, path=run_dir) from own_error
 
 
 def _begin(probe: Probe, ballot: Ballot, meeting: Rendezvous) -> None:
@@ -52,17 +55,19 @@ def _begin(probe: Probe, ballot: Ballot, meeting: Rendezvous) -> None:
     ballot.open(None)
 
 
-def _decide(run_dir: Path, probe: Probe, ballot: Ballot, meeting: Rendezvous) -> Verdict:
-    failure: Failure | None = None
-    steps: tuple[int, ...] = ()
+def _decide(run_dir: Path, probe: Probe, ballot: Ballot, meeting: Rendezvous) -> tuple[int, ...]:
+    """Rank 0: collect the votes, end the probe, tell everyone; returns the published steps."""
     try:
-        ballot.collect()
-        probe.end(meeting.world_size)
-        probe.remove()
+        try:
+            ballot.collect()
+            probe.end(meeting.world_size)
+        finally:
+            probe.remove()
         steps = tuple(entry.step for entry in list_checkpoints(run_dir, "hf"))
     except (StillframeError, OSError) as error:
         failure = Failure.of(error, rank=0, stage="start")
-        probe.remove()
-    verdict = Verdict(failure=failure, trouble=None, steps=steps)
-    ballot.decide(verdict)
-    return verdict
+        ballot.decide(failure)
+        raise failure.exception(step=None, path=run_dir) from error
+    ballot.decide(None)
+    ballot.conclude(Aftermath(trouble=None, steps=steps))
+    return steps

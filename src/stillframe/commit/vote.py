@@ -62,13 +62,12 @@ class Vote:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """Rank 0's decision. `failure` None: published. `trouble`: it is published, but what came after failed.
+class Aftermath:
+    """What rank 0 did after publishing: `trouble` if that failed (the checkpoint is published all the same).
 
     `steps` are the published steps of the kind, after retention.
     """
 
-    failure: Failure | None
     trouble: Failure | None
     steps: tuple[int, ...]
 
@@ -123,26 +122,33 @@ class Ballot:
         self._raise_disagreements(votes)
         return tuple(votes[rank] for rank in sorted(votes))
 
-    def decide(self, verdict: Verdict) -> None:
-        """Rank 0: tell everyone."""
-        self._set("verdict", asdict(verdict))
+    def decide(self, failure: Failure | None) -> None:
+        """Rank 0: it is published (None), or will never be."""
+        self._set("verdict", None if failure is None else asdict(failure))
 
-    def await_verdict(self) -> Verdict:
-        """Block until rank 0 decided. Raises SaveTimeout or SaveFailed if no verdict can be had."""
-        fields = self._get("verdict", self._timeout_s + _VERDICT_SLACK_S, "to decide")
-        return Verdict(
-            failure=None if fields["failure"] is None else Failure(**fields["failure"]),
-            trouble=None if fields["trouble"] is None else Failure(**fields["trouble"]),
-            steps=tuple(fields["steps"]),
-        )
+    def await_verdict(self) -> None:
+        """Block until rank 0 decided. Raises the failure if it is not published, SaveTimeout if there is no verdict."""
+        answer = self._get("verdict", self._timeout_s + _VERDICT_SLACK_S, "to decide")
+        if answer is not None:
+            raise Failure(**answer).exception(step=self._step, path=self._path)
+
+    def conclude(self, aftermath: Aftermath) -> None:
+        """Rank 0, after a verdict without failure: the last word on this attempt."""
+        self._set("aftermath", asdict(aftermath))
+
+    def await_aftermath(self) -> Aftermath:
+        """Block until rank 0 is done with the attempt."""
+        fields = self._get("aftermath", self._timeout_s + _VERDICT_SLACK_S, "to remove what is superseded")
+        trouble = None if fields["trouble"] is None else Failure(**fields["trouble"])
+        return Aftermath(trouble=trouble, steps=tuple(fields["steps"]))
 
     def acknowledge(self) -> None:
-        """This rank has the verdict and needs the store no more for this attempt."""
+        """This rank has heard all that it waits for and needs the store no more for this attempt."""
         with self._reaching_rank_0():
             self._meeting.store.add(self._key("seen"), 1)
 
     def await_acknowledged(self, timeout_s: float) -> bool:
-        """Rank 0, before it closes the store: wait until every rank has the verdict. False if some never asked."""
+        """Rank 0, before it closes the store: wait until every rank has acknowledged. False if some did not."""
         deadline = time.monotonic() + timeout_s
         while self._meeting.store.add(self._key("seen"), 0) < self._meeting.world_size:
             if time.monotonic() > deadline:
@@ -152,7 +158,7 @@ class Ballot:
 
     def forget(self) -> None:
         """Rank 0: drop the attempt's keys. Safe once all ranks have voted on a later attempt."""
-        for name in ("open", "verdict", "seen"):
+        for name in ("open", "verdict", "aftermath", "seen"):
             self._meeting.store.delete_key(self._key(name))
 
     def _key(self, name: str) -> str:
