@@ -1,0 +1,109 @@
+"""Options: every illegal value is refused with its name, before anything is made."""
+
+from __future__ import annotations
+
+import contextlib
+import decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.serialization._base import parse_size_to_int
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from stillframe.errors import OptionError
+from stillframe.options import CheckpointerOptions, run_directory
+
+RUN = Path("/run")
+
+
+def with_size(size: Any) -> int:
+    return CheckpointerOptions(run_dir=RUN, max_shard_size=size).max_shard_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("run_dir", "runs/demo"),
+        ("run_dir", None),
+        ("max_shard_size", 0),
+        ("max_shard_size", -1),
+        ("max_shard_size", True),
+        ("max_shard_size", 5e9),
+        ("max_shard_size", None),
+        ("max_shard_size", ""),
+        ("max_shard_size", "5"),
+        ("max_shard_size", "GB"),
+        ("max_shard_size", "0GB"),
+        ("max_shard_size", "0.0001KB"),
+        ("max_shard_size", "-5GB"),
+        ("max_shard_size", "5GiB"),
+        ("max_shard_size", "5 G B"),
+        ("max_shard_size", "5\u212aB"),  # the Kelvin sign is a K in another case
+        ("max_shard_size", "٥GB"),
+        ("max_shard_size", "9" * 400 + "GB"),  # no float holds it
+        ("hf_max_keep", 0),
+        ("hf_max_keep", -1),
+        ("hf_max_keep", True),
+        ("hf_max_keep", 1.5),
+        ("hf_max_keep", "3"),
+        ("save_timeout_s", 0),
+        ("save_timeout_s", -1.0),
+        ("save_timeout_s", True),
+        ("save_timeout_s", None),
+        ("save_timeout_s", "60"),
+        ("save_timeout_s", float("nan")),
+        ("save_timeout_s", float("inf")),
+        ("save_timeout_s", 10**7),
+        ("save_timeout_s", decimal.Decimal(60)),
+        ("store_host", 29500),
+        ("store_host", b"localhost"),
+    ],
+)
+def test_an_illegal_option_is_refused_by_name_and_value(name: str, value: Any) -> None:
+    options: dict[str, Any] = {"run_dir": RUN, name: value}
+    with pytest.raises(OptionError) as caught:
+        CheckpointerOptions(**options)
+    assert name in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "size_bytes"),
+    [("5GB", 5 * 10**9), ("50KB", 50_000), ("1.5 mb", 1_500_000), (" .5TB ", 5 * 10**11), ("0.001KB", 1), (7, 7)],
+)
+def test_sizes_are_decimal(size: int | str, size_bytes: int) -> None:
+    assert with_size(size) == size_bytes
+
+
+@given(
+    st.decimals(min_value=decimal.Decimal("0.001"), max_value=10**6, places=3),
+    st.sampled_from(["KB", "MB", "GB", "TB"]),
+)
+def test_sizes_mean_what_they_mean_in_transformers(number: decimal.Decimal, unit: str) -> None:
+    assert with_size(f"{number}{unit}") == parse_size_to_int(f"{number}{unit}")
+
+
+@given(st.text() | st.from_regex(r"\s*[0-9.]+\s*[KMGTkmgt\u212a][Bb]\s*", fullmatch=True))
+@example("5\u212aB")
+@example("1e400GB")
+def test_any_text_is_a_size_or_an_option_error(text: str) -> None:
+    with contextlib.suppress(OptionError):
+        assert with_size(text) > 0
+
+
+@pytest.mark.parametrize("run_dir", ["", "runs/\0", b"runs", None, 7, ["runs"]])
+def test_an_illegal_run_directory_is_refused(run_dir: Any) -> None:
+    with pytest.raises(OptionError, match="run_dir must be"):
+        run_directory(run_dir)
+
+
+def test_a_run_directory_stays_where_it_was_when_the_script_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_dir = run_directory("runs/demo")
+    assert run_dir == tmp_path / "runs/demo"
+    assert run_directory(Path("runs/demo")) == run_dir
+    assert run_directory(run_dir) == run_dir
