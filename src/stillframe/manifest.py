@@ -7,14 +7,17 @@ Format version 1; unknown fields are ignored by readers, unknown versions refuse
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stillframe.errors import CorruptCheckpoint, NotACheckpoint
+from stillframe.errors import CorruptCheckpoint, LoadError, NotACheckpoint
 from stillframe.names import MANIFEST_NAME
 
 FORMAT = "stillframe-manifest/1"
+
+_CRC = re.compile("[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +40,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What `stillframe.json` says.
+    """What `stillframe.json` says; every count in it is at least 0, and every tensor lies inside of its file.
 
     `sequence` counts the run's publications: the newest checkpoint is the one with the highest sequence, not the one
     with the highest step (a run resumed from an earlier step publishes lower steps later). `balance` is the
@@ -76,33 +79,38 @@ def decode_manifest(content: bytes, path: Path) -> Manifest:
         version = fields["format"]
         if version != FORMAT:
             raise CorruptCheckpoint(f"{path}: format {version!r} is not known to this version of stillframe ({FORMAT})")
-        return Manifest(
+        manifest = Manifest(
             kind=_typed(fields, "kind", str),
-            step=_typed(fields, "step", int),
+            step=_count(fields, "step"),
             attempt=_typed(fields, "attempt", str),
-            sequence=_typed(fields, "sequence", int),
-            world_size=_typed(fields, "world_size", int),
+            sequence=_count(fields, "sequence"),
+            world_size=_count(fields, "world_size"),
             layout_digest=_typed(fields, "layout_digest", str),
             published_at=_typed(fields, "published_at", str),
             git_commit=None if fields["git_commit"] is None else _typed(fields, "git_commit", str),
-            versions=dict(_typed(fields, "versions", dict)),
-            balance=float(fields["balance"]),
-            files={
-                name: FileEntry(size=_typed(e, "size", int), crc64nvme=_typed(e, "crc64nvme", str))
-                for name, e in _typed(fields, "files", dict).items()
-            },
+            versions={name: _typed(fields["versions"], name, str) for name in _typed(fields, "versions", dict)},
+            balance=_ratio(fields, "balance"),
+            files={name: FileEntry(size=_count(e, "size"), crc64nvme=_crc(e)) for name, e in _entries(fields, "files")},
             tensors={
                 name: TensorEntry(
                     file=_typed(e, "file", str),
-                    offset=_typed(e, "offset", int),
-                    size=_typed(e, "size", int),
-                    crc64nvme=_typed(e, "crc64nvme", str),
+                    offset=_count(e, "offset"),
+                    size=_count(e, "size"),
+                    crc64nvme=_crc(e),
                 )
-                for name, e in _typed(fields, "tensors", dict).items()
+                for name, e in _entries(fields, "tensors")
             },
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path}: is not a valid manifest ({type(error).__name__}: {error})") from error
+    for name, tensor in manifest.tensors.items():
+        file = manifest.files.get(tensor.file)
+        if file is None or tensor.offset + tensor.size > file.size:
+            raise CorruptCheckpoint(
+                f"{path}: tensor {name!r} is said to be {tensor.size} bytes at offset {tensor.offset} of "
+                f"{tensor.file!r}, which {'is not listed' if file is None else f'has {file.size} bytes'}"
+            )
+    return manifest
 
 
 def _typed(fields: Any, name: str, kind: type) -> Any:
@@ -112,11 +120,45 @@ def _typed(fields: Any, name: str, kind: type) -> Any:
     return value
 
 
+def _count(fields: Any, name: str) -> int:
+    value: int = _typed(fields, name, int)
+    if value < 0:
+        raise ValueError(f"{name} is {value}")
+    return value
+
+
+def _ratio(fields: Any, name: str) -> float:
+    value = fields[name]
+    # Compared before it is converted: an integer may be too large for a float. NaN compares false.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 10**9:
+        raise ValueError(f"{name} is {value!r:.60}")
+    return float(value)
+
+
+def _crc(fields: Any) -> str:
+    value: str = _typed(fields, "crc64nvme", str)
+    if _CRC.fullmatch(value) is None:
+        raise ValueError(f"crc64nvme is {value!r:.60}, not 16 hexadecimal digits")
+    return value
+
+
+def _entries(fields: Any, name: str) -> list[tuple[str, dict[str, Any]]]:
+    entries: dict[str, Any] = _typed(fields, name, dict)
+    for key in entries:
+        _typed(entries, key, dict)
+    return list(entries.items())
+
+
 def read_manifest(checkpoint_dir: Path) -> Manifest:
-    """The manifest of a published checkpoint. Raises NotACheckpoint if absent, CorruptCheckpoint if bad."""
+    """The manifest of a published checkpoint.
+
+    Raises NotACheckpoint if there is no such file, CorruptCheckpoint if it is bad, LoadError if it cannot be read.
+    """
     path = checkpoint_dir / MANIFEST_NAME
     try:
         content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise NotACheckpoint(f"{checkpoint_dir} has no {MANIFEST_NAME}: not a checkpoint of stillframe") from error
+    except OSError as error:
+        raise LoadError(f"{path}: cannot be read: {error.strerror}") from error
     return decode_manifest(content, path)

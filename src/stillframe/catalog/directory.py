@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stillframe.errors import CorruptCheckpoint, NotACheckpoint
+from stillframe.errors import LoadError, NotACheckpoint
 from stillframe.manifest import read_manifest
 from stillframe.names import parse_published
 
@@ -39,7 +39,7 @@ def list_checkpoints(run_dir: Path, kind: str | None = None) -> tuple[CatalogEnt
             continue
         try:
             manifest = read_manifest(path)
-        except (NotACheckpoint, CorruptCheckpoint):
+        except LoadError:
             continue
         if (manifest.kind, manifest.step) != parsed:
             continue
