@@ -30,7 +30,7 @@ def _names(requirements: list[str]) -> set[str]:
 
 def third_parties(folder: Path) -> set[str]:
     heads = {module.partition(".")[0] for path in folder.rglob("*.py") for _, module in imported_modules(path)}
-    ours = {"stillframe", "tests", "dev", *(path.stem for path in folder.glob("*.py"))}
+    ours = {"stillframe", "tests", "dev", "benchmarks", *(path.stem for path in folder.glob("*.py"))}
     return {DISTRIBUTIONS.get(head, head) for head in heads - sys.stdlib_module_names - ours}
 
 

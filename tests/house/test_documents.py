@@ -21,7 +21,8 @@ def files_of_the_project() -> Iterator[Path]:
 
 def shell_blocks(text: str) -> list[list[str]]:
     """The lines of each fenced block of shell commands, without comments and prompts."""
-    blocks = re.findall(r"^```(?:bash|sh|shell|console)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = [block for language, block in fenced if language in ("", "bash", "sh", "shell", "console")]
     lines = [[line.partition(" #")[0].removeprefix("$ ").strip() for line in block.splitlines()] for block in blocks]
     return [[line for line in block if line and not line.startswith("#")] for block in lines]
 
