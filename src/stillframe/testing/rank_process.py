@@ -122,6 +122,8 @@ def main(spec: ProcessSpec, control: Connection, lifeline: Connection) -> None:
         with _process_group(spec):
             function, arguments = pickle.loads(spec.call)
             value = pickle.dumps(function(*arguments))
+            if spec.backend is not None:
+                _await_the_others(control, timeout_s=spec.timeout_s)
     except BaseException as error:  # noqa: BLE001 - whatever it is, SystemExit included, the launcher raises it
         failure = (f"{type(error).__name__}: {error}", traceback.format_exc(), error)
         _leave_failure(spec, *failure)
@@ -158,6 +160,17 @@ def _adopt_environment(spec: ProcessSpec) -> None:
 
 def _pattern(compiled: re.Pattern[str] | str | None) -> str:
     return "" if compiled is None else getattr(compiled, "pattern", str(compiled))
+
+
+def _await_the_others(control: Connection, *, timeout_s: float) -> None:
+    """Stay until every rank's function has ended: one that leaves earlier closes connections that others still set up.
+
+    The launcher knows when that is, also for ranks that raised or died. It ends this wait itself when its time is up.
+    """
+    control.send(("returned", ""))
+    if not control.poll(timeout_s + 60):
+        raise TimeoutError(f"the launcher said nothing for {timeout_s + 60:g} s")
+    control.recv()
 
 
 @contextlib.contextmanager

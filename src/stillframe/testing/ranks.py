@@ -27,14 +27,13 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from multiprocessing import connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, Self, TypeVar, TypeVarTuple, Unpack
+from typing import Generic, Self, TypeVar, TypeVarTuple, Unpack, cast
 
-from stillframe.testing import fork_server, leftovers, rank_process
+from stillframe.testing import leftovers
+from stillframe.testing.launched import KILL_WAIT_S, LaunchedRank, RankOutcome
 from stillframe.testing.rank_process import ProcessSpec, RankFailure
 
 T = TypeVar("T")
@@ -42,8 +41,6 @@ Ts = TypeVarTuple("Ts")
 
 _GRACE_S = 3.0
 """After the first failure, the other ranks have this long to notice it and to end by themselves."""
-_STACK_WAIT_S = 2.0
-_KILL_WAIT_S = 10.0
 _LEFTOVERS_WAIT_S = 10.0
 
 
@@ -69,15 +66,6 @@ class RankFailed(RuntimeError):
         return "\n".join(parts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankOutcome(Generic[T]):
-    """How one rank ended: with the `value` that its function returned, or with a `failure`; the other is None."""
-
-    rank: int
-    value: T | None
-    failure: RankFailure | None
-
-
 def run_ranks(
     world_size: int, fn: Callable[[Unpack[Ts]], T], *args: *Ts, timeout_s: float = 120.0, backend: str = "gloo"
 ) -> list[T]:
@@ -94,26 +82,6 @@ def run_process(fn: Callable[[Unpack[Ts]], T], *args: *Ts, timeout_s: float = 12
     """Run `fn(*args)` in one fresh process without torch.distributed, and return its result; else like `run_ranks`."""
     with Ranks(1, fn, *args, timeout_s=timeout_s, backend=None) as ranks:
         return ranks.join()[0]
-
-
-@dataclass(slots=True)
-class _Member:
-    """One launched process as the launcher sees it."""
-
-    rank: int
-    process: BaseProcess
-    control: connection.Connection
-    lifeline: connection.Connection
-    reached: set[str] = field(default_factory=set)
-    control_open: bool = True
-    ended: bool = False
-    failed: bool = False
-    late: RankFailure | None = None
-
-    @property
-    def pid(self) -> int:
-        assert self.process.pid is not None
-        return self.process.pid
 
 
 class Ranks(Generic[T]):
@@ -150,7 +118,7 @@ class Ranks(Generic[T]):
         self._timeout_s = timeout_s
         self._backend = backend
         self._launch_id = uuid.uuid4().hex
-        self._members: list[_Member] = []
+        self._ranks: list[LaunchedRank] = []
         self._closing = contextlib.ExitStack()
         self._deadline = 0.0
 
@@ -160,7 +128,7 @@ class Ranks(Generic[T]):
             self._scratch_dir = Path(scratch)
             stack.callback(self._kill_all)
             for rank in range(self._world_size):
-                self._members.append(self._start(rank))
+                self._ranks.append(self._start(rank))
             self._closing = stack.pop_all()
         self._deadline = time.monotonic() + self._timeout_s
         return self
@@ -173,13 +141,13 @@ class Ranks(Generic[T]):
     @property
     def pids(self) -> tuple[int, ...]:
         """The process ids, by rank. A rank's session has the same id."""
-        return tuple(member.pid for member in self._members)
+        return tuple(rank.pid for rank in self._ranks)
 
     def join(self) -> list[T]:
         """Wait for all ranks and return their results by rank; raises RankFailed as `run_ranks` does."""
         first_failure_at: float | None = None
         while (running := self._running()) and time.monotonic() < self._deadline:
-            if first_failure_at is None and any(member.failed for member in self._members):
+            if first_failure_at is None and any(rank.failed for rank in self._ranks):
                 first_failure_at = time.monotonic()
             give_up_at = self._deadline if first_failure_at is None else first_failure_at + _GRACE_S
             if time.monotonic() >= give_up_at:
@@ -189,7 +157,7 @@ class Ranks(Generic[T]):
         failures = tuple(outcome.failure for outcome in outcomes if outcome.failure is not None)
         if failures:
             raise RankFailed(failures, self._world_size)
-        return [rank_process.read_value(self._scratch_dir, rank) for rank in range(self._world_size)]
+        return [cast(T, outcome.value) for outcome in outcomes]
 
     def outcomes(self) -> tuple[RankOutcome[T], ...]:
         """Wait until every rank has ended, each in its own way, and say how; nothing is raised for a failed rank.
@@ -204,148 +172,92 @@ class Ranks(Generic[T]):
         if left:
             what = "; ".join(str(process) for process in left)
             raise RuntimeError(f"{_LEFTOVERS_WAIT_S:g} s after the last rank ended, these it left still ran: {what}")
-        return tuple(self._outcome(member) for member in self._members)
+        return tuple(rank.outcome() for rank in self._ranks)
 
     def wait_reached(self, name: str, *, rank: int, timeout_s: float = 60.0) -> None:
         """Wait until `rank` has called `reached(name)` or `hold_at(name)`; returns at once if it has already.
 
         Raises RankFailed if the rank ended before, or did not get there within `timeout_s` (it is then killed).
         """
-        member = self._members[rank]
+        launched = self._ranks[rank]
         give_up_at = min(self._deadline, time.monotonic() + timeout_s)
-        while name not in member.reached and not member.ended and time.monotonic() < give_up_at:
+        while name not in launched.reached and time.monotonic() < give_up_at:
+            if launched.returned or launched.ended:
+                break
             self._wait_for_event(give_up_at)
-        if name in member.reached:
+        if name in launched.reached:
             return
-        self._give_up([member] if not member.ended else [], f"late: did not reach {name!r} in {timeout_s:g} s")
-        failure = self._failure_of(member) or self._failure(rank, f"ended without reaching {name!r}")
-        raise RankFailed((failure,), self._world_size)
+        if not (launched.returned or launched.ended):
+            self._give_up([launched], f"late: did not reach {name!r} in {timeout_s:g} s")
+        failure = launched.failure() if launched.ended else None
+        raise RankFailed((failure or launched.describe(f"ended without reaching {name!r}"),), self._world_size)
 
     def release(self, rank: int) -> None:
         """Let `rank` go on from the `hold_at` that it waits in."""
-        self._members[rank].control.send("go on")
+        self._ranks[rank].control.send("go on")
 
     def send_signal(self, rank: int, signum: signal.Signals) -> None:
         """Send a signal to `rank`. After SIGKILL, returns when the process is gone. Nothing happens if it had ended."""
-        member = self._members[rank]
-        if member.process.exitcode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):  # it ended this very moment
-            os.kill(member.pid, signum)
         if signum == signal.SIGKILL:
-            self._wait_ended(member)
+            self._ranks[rank].kill()
+        else:
+            self._ranks[rank].signal(signum)
 
-    def _start(self, rank: int) -> _Member:
-        spec = ProcessSpec(
-            rank=rank,
-            world_size=self._world_size,
-            backend=self._backend,
-            timeout_s=self._timeout_s,
-            launch_id=self._launch_id,
-            scratch_dir=self._scratch_dir,
-            environ=dict(os.environ),
-            warning_filters=tuple(warnings.filters),
-            call=self._call,
+    def _start(self, rank: int) -> LaunchedRank:
+        return LaunchedRank(
+            ProcessSpec(
+                rank=rank,
+                world_size=self._world_size,
+                backend=self._backend,
+                timeout_s=self._timeout_s,
+                launch_id=self._launch_id,
+                scratch_dir=self._scratch_dir,
+                environ=dict(os.environ),
+                warning_filters=tuple(warnings.filters),
+                call=self._call,
+            )
         )
-        started = fork_server.start_process(spec)
-        return _Member(rank=rank, process=started.process, control=started.control, lifeline=started.lifeline)
 
-    def _running(self) -> list[_Member]:
-        return [member for member in self._members if not member.ended]
+    def _running(self) -> list[LaunchedRank]:
+        return [rank for rank in self._ranks if not rank.ended]
 
     def _wait_for_event(self, until: float) -> None:
         """Take in what the ranks said and which ones ended; waits for the first such event, until `until` at most."""
-        controls = {member.control: member for member in self._members if member.control_open}
-        sentinels = {member.process.sentinel: member for member in self._running()}
-        ready = connection.wait([*controls, *sentinels], timeout=max(0.0, until - time.monotonic()))
-        for source in ready:
+        controls = {rank.control: rank for rank in self._ranks if rank.control_open}
+        sentinels = {rank.sentinel: rank for rank in self._running()}
+        for source in connection.wait([*controls, *sentinels], timeout=max(0.0, until - time.monotonic())):
             if isinstance(source, connection.Connection):
-                self._listen(controls[source])
+                controls[source].listen()
             elif isinstance(source, int):
-                self._wait_ended(sentinels[source])
+                sentinels[source].wait_ended()
+        self._let_end()
 
-    def _listen(self, member: _Member) -> None:
-        try:
-            while member.control_open and member.control.poll():
-                kind, name = member.control.recv()
-                member.failed |= kind == "failed"
-                member.reached |= {name} if kind == "reached" else set()
-        except (EOFError, ConnectionResetError):  # the rank is gone; its sentinel says so too
-            member.control_open = False
+    def _let_end(self) -> None:
+        """Once no rank's function runs any more, those that returned may end."""
+        if all(rank.returned or rank.failed or rank.ended for rank in self._ranks):
+            for rank in self._ranks:
+                rank.let_end()
 
-    def _wait_ended(self, member: _Member) -> None:
-        member.process.join(_KILL_WAIT_S)
-        if member.process.exitcode is None:
-            raise RuntimeError(
-                f"rank {member.rank} (process {member.pid}) is still there {_KILL_WAIT_S:g} s after it was killed"
-            )
-        self._listen(member)
-        member.ended = True
-        member.failed |= self._failure_of(member) is not None
-
-    def _give_up(self, late: list[_Member], reason: str) -> None:
-        """Kill ranks that are late, having asked each for its stacks."""
-        for member in late:
-            self.send_signal(member.rank, rank_process.STACK_SIGNAL)
-        for member in late:
-            stack = self._await_stack(member.rank)
-            member.process.kill()
-            left = rank_process.read_failure(self._scratch_dir, member.rank)
-            if left is None:
-                member.late = self._failure(member.rank, reason, stack)
-            else:  # its function had failed, but the process did not end
-                member.late = self._failure(member.rank, f"{left[0]}; and {reason}", f"{left[1]}\n{stack}", left[2])
-            self._wait_ended(member)
-
-    def _await_stack(self, rank: int) -> str:
-        """The stacks that a rank writes when asked. It does not say when it is done: settled for 0.1 s counts."""
-        path = rank_process.stack_path(self._scratch_dir, rank)
-        give_up_at = time.monotonic() + _STACK_WAIT_S
-        text = ""
-        while time.monotonic() < give_up_at:
-            time.sleep(0.1)
-            before, text = text, path.read_text() if path.exists() else ""
-            if text and text == before:
-                return text
-        return text or f"(it gave no stack within {_STACK_WAIT_S:g} s: stopped, or blocked in the kernel)"
-
-    def _outcome(self, member: _Member) -> RankOutcome[T]:
-        failure = self._failure_of(member)
-        value = None if failure is not None else rank_process.read_value(self._scratch_dir, member.rank)
-        return RankOutcome(rank=member.rank, value=value, failure=failure)
-
-    def _failure_of(self, member: _Member) -> RankFailure | None:
-        if member.late is not None:
-            return member.late
-        left = rank_process.read_failure(self._scratch_dir, member.rank)
-        if left is not None:
-            return self._failure(member.rank, *left)
-        returned = rank_process.has_value(self._scratch_dir, member.rank)
-        exitcode = member.process.exitcode
-        if returned and exitcode == 0:
-            return None
-        assert exitcode is not None, "only asked of processes that ended"
-        how = f"killed by {_signal_name(-exitcode)}" if exitcode < 0 else f"ended with exit code {exitcode}"
-        return self._failure(member.rank, how + (" after its function returned" if returned else ""))
-
-    def _failure(self, rank: int, reason: str, traceback: str = "", error: BaseException | None = None) -> RankFailure:
-        output = rank_process.read_output(self._scratch_dir, rank)
-        return RankFailure(rank=rank, reason=reason, traceback=traceback, error=error, output=output)
+    def _give_up(self, late: list[LaunchedRank], reason: str) -> None:
+        """Kill the ranks that are late; those that only wait for them may end by themselves."""
+        waiting = [rank for rank in late if rank.returned]
+        hung = [rank for rank in late if not rank.returned]
+        for rank in hung:
+            rank.ask_for_stacks()
+        for rank in hung:
+            rank.give_up(reason)
+        if waiting:
+            self._let_end()
+            give_up_at = time.monotonic() + _GRACE_S
+            while any(not rank.ended for rank in waiting) and time.monotonic() < give_up_at:
+                self._wait_for_event(give_up_at)
+            self._give_up([rank for rank in waiting if not rank.ended], "its function returned, but it did not end")
 
     def _kill_all(self) -> None:
-        for member in self._running():
-            member.process.kill()
-        for member in self._running():
-            self._wait_ended(member)
-        leftovers.end(self._launch_id, self.pids, timeout_s=_KILL_WAIT_S)
-        for member in self._members:
-            member.control.close()
-            member.lifeline.close()
-            member.process.close()
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal between the two that have names
-        return f"signal {number}"
+        for rank in self._running():
+            rank.signal(signal.SIGKILL)
+        for rank in self._running():
+            rank.wait_ended()
+        leftovers.end(self._launch_id, self.pids, timeout_s=KILL_WAIT_S)
+        for rank in self._ranks:
+            rank.close()

@@ -107,6 +107,30 @@ def test_who_is_late_is_named_with_the_stack() -> None:
     assert "in wait_forever_unless" in str(caught.value)
 
 
+def return_early_but_for_one(hung_rank: int) -> int:
+    if dist.get_rank() == hung_rank:
+        threading.Event().wait()
+    return dist.get_rank()
+
+
+def test_ranks_that_only_wait_for_a_late_one_are_not_blamed() -> None:
+    with Ranks(3, return_early_but_for_one, 1, timeout_s=1.0) as ranks:
+        outcomes = ranks.outcomes()
+    assert [outcome.value for outcome in outcomes] == [0, None, 2]
+    assert [outcome.failure is None for outcome in outcomes] == [True, False, True]
+
+
+def set_up_groups_and_leave() -> None:
+    """Each rank is done when its own part is: others may still be connecting to it."""
+    for _ in range(3):
+        dist.new_group(list(range(dist.get_world_size())))
+
+
+def test_a_rank_that_is_done_does_not_disturb_the_others() -> None:
+    for _ in range(20):
+        run_ranks(4, set_up_groups_and_leave)
+
+
 def stop_oneself() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
