@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -120,15 +121,21 @@ def test_ranks_that_only_wait_for_a_late_one_are_not_blamed() -> None:
     assert [outcome.failure is None for outcome in outcomes] == [True, False, True]
 
 
-def set_up_groups_and_leave() -> None:
-    """Each rank is done when its own part is: others may still be connecting to it."""
-    for _ in range(3):
-        dist.new_group(list(range(dist.get_world_size())))
+def return_first_or_watch_the_first() -> bool:
+    first_pid = torch.tensor(os.getpid())
+    dist.broadcast(first_pid, src=0)
+    if dist.get_rank() == 0:
+        return True
+    descriptor = os.pidfd_open(int(first_pid))
+    try:
+        ended, _, _ = select.select([descriptor], [], [], 0.5)
+    finally:
+        os.close(descriptor)
+    return not ended
 
 
-def test_a_rank_that_is_done_does_not_disturb_the_others() -> None:
-    for _ in range(20):
-        run_ranks(4, set_up_groups_and_leave)
+def test_a_rank_stays_until_the_others_are_done_too() -> None:
+    assert run_ranks(2, return_first_or_watch_the_first) == [True, True]
 
 
 def stop_oneself() -> None:
