@@ -58,7 +58,7 @@ def trainer(code: str, directory: Path) -> Iterator[tuple[subprocess.Popen[str],
         stdout=subprocess.PIPE,
         text=True,
         cwd=REPOSITORY_DIR,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY_DIR)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY_DIR), *filter(None, sys.path)])},
     )
     assert process.stdout is not None
     with process:
