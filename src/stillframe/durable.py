@@ -22,6 +22,11 @@ def fsync_dir(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # EINVAL is how a file system says that it has no fsync of directories (some FUSE and SMB mounts); such a
+        # one commits names by itself or not at all, and no call would change that.
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(descriptor)
 
@@ -43,25 +48,37 @@ def write_file(path: Path, content: bytes) -> None:
 def publish(hidden: Path, final: Path) -> None:
     """Rename a directory, whose content is durable, to its final name; durable on return.
 
-    Raises FileExistsError if `final` exists; nothing is ever replaced.
+    Raises FileExistsError if `final` exists; nothing is ever replaced. Whatever it raises, `final` is not there.
     """
     if os.path.lexists(final):
         raise FileExistsError(errno.EEXIST, "exists already", str(final))
     # rename(2) would replace an empty directory that appeared since; that loses nothing.
     hidden.rename(final)
-    fsync_dir(final.parent)
+    try:
+        fsync_dir(final.parent)
+    except OSError:
+        final.rename(hidden)  # a name that a crash may take back must not be seen
+        raise
 
 
 def exchange(one: Path, other: Path) -> None:
     """Swap two names of one directory in one step (Linux renameat2): at every instant both exist; durable on return.
 
-    Raises OSError where the file system cannot (EINVAL; NFS among them).
+    Raises OSError where the file system cannot (EINVAL; NFS among them). Whatever it raises, nothing is swapped.
     """
+    _exchange(one, other)
+    try:
+        fsync_dir(one.parent)
+    except OSError:
+        _exchange(one, other)  # the caller will delete what it takes for the failed one
+        raise
+
+
+def _exchange(one: Path, other: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(one), None, str(other))
-    fsync_dir(one.parent)
 
 
 def can_exchange(directory: Path, tag: str) -> bool:
@@ -84,12 +101,21 @@ def can_exchange(directory: Path, tag: str) -> bool:
 
 
 def replace_link(link: Path, target_name: str, tag: str) -> None:
-    """Point the symbolic link `link` at `target_name` (relative, a sibling) in one step; durable on return."""
+    """Point the symbolic link `link` at `target_name` (relative, a sibling) in one step; durable on return.
+
+    Replaces a link, and nothing else: raises FileExistsError if something that is no link has its name.
+    """
+    if os.path.lexists(link) and not link.is_symlink():
+        raise FileExistsError(errno.EEXIST, "is in the way: it exists and is not a symbolic link", str(link))
     temporary = link.with_name(f".{link.name}-{tag}")
     with contextlib.suppress(FileNotFoundError):  # left by a run that ended between the two steps below
         temporary.unlink()
     temporary.symlink_to(target_name)
-    temporary.replace(link)
+    try:
+        temporary.replace(link)
+    except OSError:
+        temporary.unlink()
+        raise
     fsync_dir(link.parent)
 
 
