@@ -128,7 +128,7 @@ def lay_out(
     files: list[FileLayout] = []
     items: list[PlacedItem] = []
     for index, (name, shard) in enumerate(zip(names, shards, strict=True)):
-        ordered = sorted(shard, key=lambda key: (_dtype_rank(key), key.name.encode()))
+        ordered = sorted(shard, key=lambda key: (_dtype_rank(key), _utf8(key.name)))
         header = _header(name, ordered)
         items.append(PlacedItem(file=index, file_offset=0, length_bytes=len(header), content=header))
         listed = [Item(name="", file_offset=0, length_bytes=len(header))]
@@ -210,6 +210,13 @@ def _dtype_rank(key: Key) -> int:
     return _RANK_OF_DTYPE[key.dtype]
 
 
+def _utf8(name: str) -> bytes:
+    try:
+        return name.encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedModel(f"the name {name!r} is not valid Unicode, so safetensors cannot hold it") from error
+
+
 def _header(file_name: str, ordered: Sequence[Key]) -> bytes:
     """The file's first bytes: u64 length, JSON, spaces up to a multiple of 8."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -222,10 +229,7 @@ def _header(file_name: str, ordered: Sequence[Key]) -> bytes:
             "data_offsets": [position, end],
         }
         position = end
-    try:
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise LayoutError(f"{file_name}: a tensor's name is not valid Unicode: {error}") from error
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise LayoutError(

@@ -1,0 +1,129 @@
+"""Files, headers and index against the libraries that they must equal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from stillframe.errors import UnsupportedModel
+from stillframe.layout.huggingface import (
+    SAFETENSORS_DTYPES,
+    lay_out,
+    plan_huggingface,
+    refuse_unsupported,
+    split_into_shards,
+    unwrapped,
+)
+from stillframe.layout.keys import Key, KeyMap
+from stillframe.layout.placement import Holding
+from stillframe.layout.runs import Runs
+from stillframe.testing.models import tiny_qwen3
+
+SIZES = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 6)), min_size=1, max_size=25)
+
+
+def _key(name: str, shape: tuple[int, ...], dtype: torch.dtype, block: int, block_bytes: int) -> Key:
+    count = torch.Size(shape).numel()
+    runs = Runs.of([(0, 0, 0, count)] if count else [])
+    return Key(name=name, dtype=dtype, shape=shape, runs=runs, block=block, block_bytes=block_bytes)
+
+
+@given(SIZES, st.integers(1, 100))
+def test_keys_are_split_as_the_hub_splits_them(sizes: list[tuple[int, int]], max_elements: int) -> None:
+    """Tensors with the same second number are views of one storage."""
+    storages = {group: torch.zeros(50, dtype=torch.uint8) for _, group in sizes if group > 2}
+    state, keys = {}, []
+    for index, (size, group) in enumerate(sizes):
+        name = f"t{index}"
+        state[name] = storages[group][:size] if group > 2 else torch.zeros(size, dtype=torch.uint8)
+        block, block_bytes = (group, 50) if group > 2 else (1000 + index, size)
+        keys.append(_key(name, (size,), torch.uint8, block, block_bytes))
+    expected = split_torch_state_dict_into_shards(state, max_shard_size=max_elements)
+    shards, total_bytes = split_into_shards(keys, max_elements)
+    # Within a file the format itself orders tensors.
+    assert [{key.name for key in shard} for shard in shards] == list(map(set, expected.filename_to_tensors.values()))
+    assert total_bytes == expected.metadata["total_size"]
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda n: n != "__metadata__")
+
+
+@given(st.dictionaries(NAMES, st.sampled_from(list(SAFETENSORS_DTYPES)), min_size=1, max_size=12), st.data())
+def test_headers_are_what_safetensors_writes(
+    tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, torch.dtype], data: st.DataObject
+) -> None:
+    # save_file does not write the e8m0 dtype's zeros differently from any other: one byte each.
+    shapes = {name: tuple(data.draw(st.lists(st.integers(0, 4), max_size=3))) for name in tensors}
+    state = {n: torch.zeros(torch.Size(shapes[n]).numel() * d.itemsize, dtype=torch.uint8) for n, d in tensors.items()}
+    state = {n: raw.view(tensors[n]).reshape(shapes[n]) for n, raw in state.items()}
+    path = tmp_path_factory.mktemp("reference") / "model.safetensors"
+    save_file(state, path, metadata={"format": "pt"})
+    keys = tuple(_key(n, shapes[n], d, i, state[n].nbytes) for i, (n, d) in enumerate(tensors.items()))
+    holding = Holding(runs=Runs.of([(0, 0, 0, 4**3)]), replicas=(0,), signature="")
+    layout, items = lay_out(
+        KeyMap(sources=("s",), keys=keys),
+        {"s": holding},
+        max_shard_bytes=10**9,
+        total_parameters=0,
+        world_size=1,
+    )
+    assert path.read_bytes()[: len(items[0].content)] == items[0].content
+    assert path.stat().st_size == layout.files[0].size_bytes
+
+
+def test_every_dtype_that_torch_and_safetensors_share_has_a_name(tmp_path: Path) -> None:
+    for dtype, name in SAFETENSORS_DTYPES.items():
+        save_file({"t": torch.zeros(8, dtype=torch.uint8).view(dtype)}, tmp_path / "f.safetensors")
+        content = (tmp_path / "f.safetensors").read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        assert header["t"]["dtype"] == name
+
+
+def _plan(model: Any) -> Any:
+    return plan_huggingface(model, max_shard_bytes=10**9, rank=0, world_size=1, plan_id=1)
+
+
+def test_a_dtype_without_a_name_is_refused_by_key() -> None:
+    model = tiny_qwen3()
+    model.register_buffer("odd", torch.zeros(4, dtype=torch.complex128))
+    with pytest.raises(UnsupportedModel, match=r"odd.*complex128"):
+        _plan(model)
+
+
+def test_a_name_that_is_no_unicode_is_refused() -> None:
+    model = tiny_qwen3()
+    model.register_buffer("bad\udc80", torch.zeros(4))
+    with pytest.raises(UnsupportedModel, match=r"bad.udc80.* not valid Unicode"):
+        _plan(model)
+
+
+def test_models_that_cannot_be_exported_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModel, match="Linear is not a transformers PreTrainedModel"):
+        unwrapped(nn.Linear(2, 2))
+    quantized = tiny_qwen3()
+    quantized.hf_quantizer = object()
+    with pytest.raises(UnsupportedModel, match="Qwen3ForCausalLM is quantized"):
+        refuse_unsupported(quantized)
+    with torch.device("meta"):
+        unready = type(quantized)(quantized.config)
+    with pytest.raises(UnsupportedModel, match=r"no values yet.*model\.embed_tokens\.weight"):
+        refuse_unsupported(unready)
+
+
+def test_the_layout_is_the_same_whatever_the_rank_and_the_hash_seed() -> None:
+    plans = [
+        plan_huggingface(tiny_qwen3(), max_shard_bytes=50_000, rank=rank, world_size=3, plan_id=1) for rank in range(3)
+    ]
+    assert len({plan.layout.digest for plan in plans}) == 1
+    assert plans[0].layout == plans[1].layout == plans[2].layout
+    other = plan_huggingface(tiny_qwen3(), max_shard_bytes=60_000, rank=0, world_size=3, plan_id=1)
+    assert other.layout.digest != plans[0].layout.digest
