@@ -1,7 +1,7 @@
 """Reading runs of stored tensors into memory: large reads, no more bytes than are asked for, bounded extra memory.
 
 Bytes go straight into their destination where that is CPU memory of the stored dtype, else through one buffer of
-`BOUNCE_BYTES`, from which torch casts and copies them. A permuted (transposed) tensor is read one outermost slice at a
+bounded size, from which torch casts and copies them. A permuted (transposed) tensor is read one outermost slice at a
 time, such as one expert's matrix, and that slice is permuted in memory.
 """
 
@@ -21,7 +21,7 @@ from stillframe.load.directory import WeightFile
 from stillframe.load.keys import Permutation, Source
 from stillframe.load.safetensors import StoredTensor
 
-BOUNCE_BYTES = 16 << 20
+_BOUNCE_BYTES = 16 << 20
 _MAX_BUFFERS = 1024  # IOV_MAX on Linux: how many places one preadv can read into
 _MAX_READ_BYTES = 1 << 30  # Linux reads at most 2 GiB less a page at once
 
@@ -40,16 +40,15 @@ class _Stretch:
 class Reader:
     """Fills tensors from the runs of `sources` that they consist of. `bytes_read` counts the data read so far."""
 
-    def __init__(self, files: Sequence[WeightFile], sources: Sequence[Source]) -> None:
+    def __init__(
+        self, files: Sequence[WeightFile], sources: Sequence[Source], *, bounce_bytes: int = _BOUNCE_BYTES
+    ) -> None:
         self._files = files
         stored = {tensor.name: (index, tensor) for index, file in enumerate(files) for tensor in file.tensors}
         self._sources = [(*stored[source.key], source.permutation) for source in sources]
-        self._bounce = torch.empty(0, dtype=torch.uint8)
+        self._bounce_bytes = bounce_bytes
+        self._bounce: torch.Tensor | None = None  # made when first needed: most loads read straight into place
         self.bytes_read = 0
-
-    def dtypes(self, runs: Runs) -> list[torch.dtype]:
-        """The stored dtypes that `runs` point into."""
-        return sorted({self._sources[s][1].dtype for s in np.unique(runs.source).tolist()}, key=str)
 
     def position(self, runs: Runs) -> tuple[int, int]:
         """File and offset of the first of the stored tensors that `runs` point into, to read in the files' order."""
@@ -98,9 +97,9 @@ class Reader:
 
     def _read_bounced(self, flat: torch.Tensor, stretch: _Stretch) -> None:
         size = stretch.dtype.itemsize
-        if not len(self._bounce):
-            self._bounce = torch.empty(BOUNCE_BYTES, dtype=torch.uint8)
-        window = BOUNCE_BYTES // size
+        if self._bounce is None:
+            self._bounce = torch.empty(self._bounce_bytes, dtype=torch.uint8)
+        window = self._bounce_bytes // size
         lengths = np.array([length for _, length in stretch.places], dtype=np.int64)
         starts = np.array([start for start, _ in stretch.places], dtype=np.int64)
         before = np.cumsum(lengths) - lengths

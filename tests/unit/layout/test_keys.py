@@ -1,0 +1,288 @@
+"""Traced keys against the values that Transformers' own conversion makes; and what is refused instead of guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    ConversionOps,
+    Interleave,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    revert_weight_conversion,
+)
+
+from stillframe.errors import UnsupportedModel
+from stillframe.layout.keys import Key, KeyMap, Tracer, runtime_tensors, save_keys
+from stillframe.testing.models import tiny_qwen3, tiny_qwen3_moe, tiny_qwen3_vl_moe
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen3 tied": tiny_qwen3,
+    "qwen3 untied": lambda: tiny_qwen3(tied=False),
+    "qwen3_moe": tiny_qwen3_moe,
+    "qwen3_vl_moe": tiny_qwen3_vl_moe,
+}
+
+
+def assemble(key: Key, key_map: KeyMap, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The value of a key, put together from its runs."""
+    flat = torch.empty(key.runs.length.sum().item(), dtype=key.dtype)
+    for start, source, source_start, length in zip(
+        *(c.tolist() for c in (key.runs.start, key.runs.source, key.runs.source_start, key.runs.length)), strict=True
+    ):
+        origin = tensors[key_map.sources[source]].detach().reshape(-1)
+        flat[start : start + length] = origin[source_start : source_start + length]
+    return flat.reshape(key.shape)
+
+
+def assert_reproduces(model: PreTrainedModel) -> KeyMap:
+    tensors = runtime_tensors(model)
+    key_map = save_keys(model, tensors)
+    expected = revert_weight_conversion(model, dict(tensors))
+    assert [key.name for key in key_map.keys] == list(expected)
+    for key in key_map.keys:
+        assert key.runs.covers(expected[key.name].numel()), key.name
+        assert key.shape == tuple(expected[key.name].shape)
+        assert key.dtype == expected[key.name].dtype
+        assert torch.equal(assemble(key, key_map, tensors), expected[key.name]), key.name
+    return key_map
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_keys_of_a_model_from_config_are_what_transformers_would_save(name: str) -> None:
+    assert_reproduces(MODELS[name]())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_keys_of_a_reloaded_model_are_what_transformers_would_save(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path)
+    assert_reproduces(type(model).from_pretrained(tmp_path))
+
+
+def test_experts_are_fused_in_the_model_and_apart_in_the_keys() -> None:
+    key_map = assert_reproduces(tiny_qwen3_moe())
+    keys = {key.name: key for key in key_map.keys}
+    up = keys["model.layers.1.mlp.experts.2.up_proj.weight"]
+    assert [key_map.sources[s] for s in up.runs.source.tolist()] == ["model.layers.1.mlp.experts.gate_up_proj"]
+    assert len(up.runs) == 1
+    assert not any("gate_up_proj" in name for name in keys)
+
+
+def with_conversions(*conversions: WeightTransform, model: PreTrainedModel | None = None) -> PreTrainedModel:
+    """A model as if `from_pretrained` had applied `conversions` when it was loaded; a save reverts them."""
+    model = model or tiny_qwen3(tied=False)
+    model._weight_conversions = list(conversions)
+    return model
+
+
+def test_one_parameter_split_into_several_keys_and_several_joined_into_one() -> None:
+    joined = WeightConverter(
+        source_patterns="self_attn.qkv_proj",
+        target_patterns=["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        operations=[Chunk(dim=1)],
+    )
+    split = WeightConverter(
+        source_patterns=["mlp.down_left", "mlp.down_right"],
+        target_patterns="mlp.down_proj",
+        operations=[Concatenate(dim=1)],
+    )
+    model = with_conversions(joined, split)
+    for layer in model.model.layers:  # equal shapes, so that they can be joined along the second dimension
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(layer.self_attn, name, nn.Linear(10, 6, bias=False))
+    keys = {key.name: key for key in assert_reproduces(model).keys}
+    assert keys["model.layers.0.self_attn.qkv_proj.weight"].shape == (6, 30)
+    assert keys["model.layers.0.mlp.down_right.weight"].shape == (56, 40)
+
+
+class _Operation(ConversionOps):
+    """What a test gives it, under the name of the target."""
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.change = change
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        (tensors,) = input_dict.values()
+        return {target_patterns[0]: self.change(tensors[0] if isinstance(tensors, list) else tensors)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+def changing(change: Callable[[torch.Tensor], torch.Tensor]) -> PreTrainedModel:
+    operation = _Operation(change)
+    return with_conversions(
+        WeightConverter(source_patterns="mlp.w", target_patterns="mlp.down_proj.weight", operations=[operation])
+    )
+
+
+def join_then_scale(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, tensor]).mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t * 2, r"model\.layers\.0\.mlp\.w is not made of renames, slices and concatenations"),
+        (lambda t: t.mul_(2), r"changes tensors in place: model\.layers\.0\.mlp\.down_proj\.weight"),
+        (lambda t: t[:4].add_(1), r"changes tensors in place: model\.layers\.0\.mlp\.down_proj\.weight"),
+        (join_then_scale, r"model\.layers\.0\.mlp\.w is a concatenation that is then changed in place"),
+        (lambda t: torch.cat([t, t.to(torch.float64)]), r"model\.layers\.0\.mlp\.w is a concatenation .* dtypes"),
+        (
+            lambda t: t.view(torch.int32),
+            r"mlp\.w takes the bytes of .*down_proj\.weight, torch\.float32, as torch\.int32",
+        ),
+        (lambda t: t.to(torch.bfloat16), r"model\.layers\.0\.mlp\.w is not made of"),
+        (lambda t: torch.zeros_like(t), r"model\.layers\.0\.mlp\.w is not made of"),
+        (lambda t: torch.hstack([t, t]), r"model\.layers\.0\.mlp\.w is not made of"),
+    ],
+)
+def test_a_conversion_that_computes_is_refused_by_name(
+    change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    model = changing(change)
+    with pytest.raises(UnsupportedModel, match=message):
+        save_keys(model, runtime_tensors(model))
+
+
+def test_interleaving_is_refused_as_it_gathers_single_elements_into_a_copy() -> None:
+    model = with_conversions(
+        WeightConverter(source_patterns="mlp.w", target_patterns="mlp.down_proj", operations=[Interleave(dim=0)])
+    )
+    with pytest.raises(UnsupportedModel, match=r"model\.layers\.0\.mlp\.w"):
+        save_keys(model, runtime_tensors(model))
+
+
+def test_a_small_transposed_tensor_is_traced_element_by_element() -> None:
+    assert_reproduces(changing(lambda t: t.transpose(0, 1).contiguous()))
+
+
+def test_a_large_transposed_tensor_is_refused_before_it_fills_the_memory() -> None:
+    model = changing(lambda t: t.transpose(0, 1).contiguous())
+    with torch.device("meta"):
+        model.model.layers[0].mlp.down_proj = nn.Linear(100_000, 100_000, bias=False)
+    with pytest.raises(UnsupportedModel, match=r"mlp\.w is a transposed tensor, of shape \(100000, 100000\)"):
+        save_keys(model, runtime_tensors(model))
+
+
+JOINS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "cat first": lambda a, b: torch.cat([a, b]),
+    "cat middle, by keyword": lambda a, b: torch.cat(tensors=[a, b, a], dim=1),
+    "cat last, from the end": lambda a, b: torch.concat((b, a), -1),
+    "cat by axis": lambda a, b: torch.cat([a, b], axis=2),
+    "cat with empty ones": lambda a, b: torch.cat([torch.empty(0, device="meta"), a, b[:0], b], 0),
+    "cat of parts": lambda a, b: torch.cat([a[:, 1:], b[:, :1]], 1),
+    "stack first": lambda a, b: torch.stack([a, b]),
+    "stack last": lambda a, b: torch.stack([a, b], dim=-1),
+    "stack inside": lambda a, b: torch.stack([a, b], 2),
+    "stack of cats, sliced": lambda a, b: torch.stack([torch.cat([a, b], 1), torch.cat([b, a], 1)], 1)[1:, :, 1:-1],
+    "cat of one cat twice": lambda a, b: torch.cat([torch.cat([a, b], 2)] * 2, 1),
+    "split and joined again": lambda a, b: torch.cat([*torch.chunk(a, 2, dim=2), *b.unbind(1)[:1]][:2], 0),
+    "narrow, squeeze, view": lambda a, b: a.narrow(0, 1, 1).squeeze(0).view(-1)[3:7],
+    "transposed join": lambda a, b: torch.cat([a, b], 1).permute(2, 0, 1),
+    "nothing": lambda a, b: torch.cat([a[:0], b[:0]]),
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_the_tracer_follows_views_and_joins(name: str) -> None:
+    inputs = {"a": torch.empty(2, 3, 4, device="meta"), "b": torch.empty(2, 3, 4, device="meta")}
+    tracer = Tracer(inputs)
+    output = tracer.run(lambda tensors: {"joined": JOINS[name](tensors["a"], tensors["b"])})["joined"]
+    runs = tracer.runs_of("joined", output)
+    values = [torch.arange(24.0).reshape(2, 3, 4), torch.arange(100.0, 124.0).reshape(2, 3, 4)]
+    with torch.device("cpu"):
+        expected = JOINS[name](*values) if "empty" not in name else torch.cat(values)
+    assert runs.covers(expected.numel())
+    found = torch.full((expected.numel(),), -1.0)
+    for start, source, source_start, length in zip(
+        *(c.tolist() for c in (runs.start, runs.source, runs.source_start, runs.length)), strict=True
+    ):
+        found[start : start + length] = values[source].reshape(-1)[source_start : source_start + length]
+    assert torch.equal(found, expected.reshape(-1))
+
+
+def test_one_of_the_names_of_a_tied_weight_is_kept() -> None:
+    names = set(runtime_tensors(tiny_qwen3(tied=True)))
+    untied = set(runtime_tensors(tiny_qwen3(tied=False)))
+    assert untied - names == {"lm_head.weight"}
+
+
+def test_a_tie_that_the_model_does_not_declare_is_refused() -> None:
+    model = tiny_qwen3()
+    layers = model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    with pytest.raises(
+        UnsupportedModel, match=r"layers\.0\.mlp\.up_proj\.weight, .*layers\.1\.mlp\.up_proj\.weight are"
+    ):
+        runtime_tensors(model)
+
+
+def test_tensors_that_overlap_in_part_are_refused() -> None:
+    model = tiny_qwen3()
+    mlp = model.model.layers[0].mlp
+    rows, columns = mlp.up_proj.weight.shape
+    both = torch.randn(rows + rows // 2, columns)
+    mlp.up_proj.weight = nn.Parameter(both[:rows])
+    mlp.gate_proj.weight = nn.Parameter(both[rows // 2 :])
+    with pytest.raises(UnsupportedModel, match="overlap in memory but are not the same"):
+        runtime_tensors(model)
+
+
+def test_tensors_beside_each_other_in_one_storage_are_not_refused() -> None:
+    model = tiny_qwen3()
+    mlp = model.model.layers[0].mlp
+    rows, columns = mlp.up_proj.weight.shape
+    both = torch.randn(2 * rows, columns)
+    mlp.up_proj.weight = nn.Parameter(both[:rows])
+    mlp.gate_proj.weight = nn.Parameter(both[rows:])
+    assert_reproduces(model)
+
+
+def test_a_parameter_with_transposed_memory_is_saved_in_the_order_of_its_elements() -> None:
+    model = tiny_qwen3()
+    mlp = model.model.layers[0].mlp
+    rows, columns = mlp.up_proj.weight.shape
+    mlp.up_proj.weight = nn.Parameter(torch.randn(columns, rows).t())
+    assert_reproduces(model)
+
+
+def test_a_part_of_a_parameter_with_transposed_memory_is_refused() -> None:
+    model = changing(lambda t: t[:4])
+    mlp = model.model.layers[1].mlp
+    rows, columns = mlp.down_proj.weight.shape
+    mlp.down_proj.weight = nn.Parameter(torch.randn(columns, rows).t())
+    with pytest.raises(UnsupportedModel, match=r"layers\.1\.mlp\.w is a part of .*not in row-major order"):
+        save_keys(model, runtime_tensors(model))
+
+
+def test_an_entry_of_the_state_that_is_no_tensor_is_refused() -> None:
+    class WithState(nn.Identity):
+        def get_extra_state(self) -> Any:
+            return {"calls": 3}
+
+        def set_extra_state(self, state: Any) -> None:
+            raise AssertionError("nothing sets it")
+
+    model = tiny_qwen3()
+    model.model.layers[0].mlp.extra = WithState()
+    with pytest.raises(UnsupportedModel, match=r"mlp\.extra\._extra_state is a dict, not a tensor"):
+        runtime_tensors(model)
+
+
+def test_renames_alone_keep_every_value() -> None:
+    model = with_conversions(WeightRenaming("text_model.", "model."))
+    assert {key.name.split(".")[0] for key in assert_reproduces(model).keys} == {"text_model", "lm_head"}
