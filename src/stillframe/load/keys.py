@@ -11,6 +11,7 @@ Source: transformers `core_model_loading.py` (`convert_and_load_state_dict_in_mo
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -162,12 +163,18 @@ def _convert(
         try:
             results = group.converter.convert(group.target, model=model, config=model.config)
         except Exception as error:  # noqa: BLE001 - any operation may raise anything; it is reported, with the keys
-            shapes = ", ".join(f"{key} {tuple(twins[key].shape)}" for _, key in group.keys[:4])
-            unfit[group.target] = f"cannot be made of {len(group.keys)} stored keys ({shapes}, ...): {error}"
+            unfit[group.target] = f"cannot be made of what is stored, {_summary(group)}: {error}"
             continue
         for name, tensor in results.items():
             _add(converted, name, tensor[0] if isinstance(tensor, list) else tensor, unfit)
     return {name: tensor for name, tensor in converted.items() if name not in unfit}
+
+
+def _summary(group: _Group) -> str:
+    """How many keys there are of each kind that the converter takes: shows what is missing."""
+    assert group.converter is not None
+    counts = Counter(pattern for pattern, _ in group.keys)
+    return ", ".join(f"{counts[pattern]} keys like {pattern}" for pattern in group.converter.source_patterns)
 
 
 def _add(converted: dict[str, torch.Tensor], name: str, tensor: torch.Tensor, unfit: dict[str, str]) -> None:
