@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import secrets
 import shutil
+import stat
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NoReturn
 
-from awscrt.checksums import combine_crc64nvme
+from awscrt.checksums import combine_crc64nvme, crc64nvme
 
 from stillframe import durable, names
 from stillframe.errors import CheckpointExists, InsufficientSpace, LoadError, SaveFailed
 from stillframe.manifest import FileEntry, Manifest, TensorEntry, encode_manifest, read_manifest
 from stillframe.records import FileLayout, InlineFile, Layout, Receipt, WrittenExtent
+
+_log = logging.getLogger("stillframe")
 
 
 class Publication:
@@ -32,19 +37,20 @@ class Publication:
         self._overwrite = overwrite
         self.final_dir = names.published_path(run_dir, layout.kind, step)
         self.hidden_dir = names.incomplete_path(run_dir, layout.kind, step)
-        self._retired_dir = names.retired_path(run_dir, layout.kind, step, attempt)
+        self._inline_files: dict[str, InlineFile] = {}
 
     def prepare(self, inline_files: Sequence[InlineFile]) -> None:
         """Make the hidden directory, empty but for the attempt's marker; durable on return.
 
-        Before anything is made: refuses a step that is published (unless overwriting, and then only what is recognised
-        as a checkpoint), and a file system without room. What an earlier attempt at this step left behind is removed.
+        `inline_files` must be in the directory, as they are, for it to be published. Before anything is made: refuses
+        a step that is published (unless overwriting, and then only what is recognised as a checkpoint of that step),
+        and a file system without room. What an earlier attempt at this step left behind is removed.
         """
+        self._inline_files = {file.name: file for file in inline_files}
         self._refuse_existing()
-        if os.path.lexists(self.hidden_dir):
-            # A writer of a killed run may still be at work in there: its files go with the renamed directory, and the
-            # marker of this attempt tells it that the new directory of this name is not its own.
-            durable.retire(self.hidden_dir, self._retired_dir)
+        if self._overwrite:
+            self._refuse_lack_of_exchange()
+        self._retire_leftovers()
         self._refuse_lack_of_space(sum(len(file.content) for file in inline_files))
         self.hidden_dir.mkdir()
         (self.hidden_dir / names.WORK_DIR_NAME).mkdir()
@@ -53,17 +59,44 @@ class Publication:
         durable.fsync_dir(self.hidden_dir)
         durable.fsync_dir(self._run_dir)
 
+    def _retire_leftovers(self) -> None:
+        """Free the hidden name, which an earlier attempt at this step may have left taken.
+
+        A writer of a killed run may still be at work in there: its files go with the renamed directory, and the
+        marker of this attempt tells it that the new directory of this name is not its own.
+        """
+        if not os.path.lexists(self.hidden_dir):
+            return
+        retired = names.retired_path(self._run_dir, self._layout.kind, self._step, f"{secrets.token_hex(8)}.0")
+        try:
+            durable.retire(self.hidden_dir, retired)
+        except OSError as error:
+            if os.path.lexists(self.hidden_dir):
+                raise
+            # That writer made another file just now, for example. It is no reason to go without this checkpoint.
+            _log.warning("what an earlier attempt left cannot be removed, and stays as %s: %s", retired, error)
+
     def _refuse_existing(self) -> None:
         if not os.path.lexists(self.final_dir):
             return
         if not self._overwrite:
             raise self._failed(CheckpointExists, "it exists already; pass overwrite=True to replace it", "prepare")
         try:
-            read_manifest(self.final_dir)
+            manifest = read_manifest(self.final_dir)
         except LoadError as error:
-            reason = f"it exists and is not a checkpoint of stillframe ({error}); move it away"
-            raise self._failed(CheckpointExists, reason, "prepare") from error
-        if not durable.can_exchange(self._run_dir, self._attempt):
+            self._refuse_foreign(str(error), error)
+        else:
+            if self.final_dir.is_symlink():
+                self._refuse_foreign("it is a symbolic link", None)
+            if (manifest.kind, manifest.step) != (self._layout.kind, self._step):
+                self._refuse_foreign(f"its manifest is that of {manifest.kind} step {manifest.step}", None)
+
+    def _refuse_foreign(self, why: str, cause: LoadError | None) -> NoReturn:
+        reason = f"it exists and is not a checkpoint of stillframe of that step ({why}); move it away"
+        raise self._failed(CheckpointExists, reason, "prepare") from cause
+
+    def _refuse_lack_of_exchange(self) -> None:
+        if os.path.lexists(self.final_dir) and not durable.can_exchange(self._run_dir, self._attempt):
             reason = (
                 "this file system cannot exchange two directories in one step (renameat2 RENAME_EXCHANGE), so a "
                 "published checkpoint cannot be replaced without a moment in which there is none; delete it first"
@@ -111,6 +144,7 @@ class Publication:
         durable.fsync_dir(self.hidden_dir)
         shutil.rmtree(self.hidden_dir / names.WORK_DIR_NAME)
         durable.fsync_dir(self.hidden_dir)
+        self._refuse_existing()  # it may have appeared, or changed, since `prepare`
         if self._overwrite and os.path.lexists(self.final_dir):
             durable.exchange(self.hidden_dir, self.final_dir)  # the hidden name now holds what was replaced
         else:
@@ -118,8 +152,9 @@ class Publication:
 
     def clean_up(self) -> None:
         """Remove what has the hidden name: after `publish` the version that was replaced, else a failed attempt."""
-        with suppress(FileNotFoundError):
-            durable.retire(self.hidden_dir, self._retired_dir)
+        if os.path.lexists(self.hidden_dir):
+            retired = names.retired_path(self._run_dir, self._layout.kind, self._step, self._attempt)
+            durable.retire(self.hidden_dir, retired)
 
     def _prove(self, receipts: Sequence[Receipt]) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
         """Every byte of every file is in exactly one extent of the receipts, and every file has its size on disk."""
@@ -132,22 +167,35 @@ class Publication:
                     raise self._uncovered(f"{file.name}: rank {receipt.rank} knows it with another size than its peers")
                 extents[file.name].extend(file.extents)
         layouts = {file.name: file for file in self._layout.files}
-        absent = sorted(layouts.keys() - extents.keys())
-        if absent:
+        expected = layouts.keys() | self._inline_files.keys()
+        if absent := sorted(expected - extents.keys()):
             raise self._uncovered(f"{absent[0]}: no rank wrote any of it")
+        if unknown := sorted(extents.keys() - expected):
+            raise self._uncovered(f"{unknown[0]}: is written, but is no file of this checkpoint")
         files: dict[str, FileEntry] = {}
         tensors: dict[str, TensorEntry] = {}
         for name in sorted(extents):
-            size = layouts[name].size_bytes if name in layouts else sizes[name]
+            size = layouts[name].size_bytes if name in layouts else len(self._inline_files[name].content)
             ordered = sorted(extents[name], key=lambda extent: extent.file_offset)
             self._prove_tiling(name, ordered, size)
-            on_disk = (self.hidden_dir / name).lstat().st_size
-            if on_disk != size:
-                raise self._uncovered(f"{name}: has {on_disk} bytes on disk, not {size}")
+            self._prove_on_disk(name, size)
+            crc = _combined(ordered)
             if name in layouts:
                 tensors.update(self._tensor_entries(layouts[name], ordered))
-            files[name] = FileEntry(size=size, crc64nvme=f"{_combined(ordered):016x}")
+            elif crc != crc64nvme(self._inline_files[name].content):
+                raise self._uncovered(f"{name}: was written with other content than was asked for")
+            files[name] = FileEntry(size=size, crc64nvme=f"{crc:016x}")
         return files, tensors
+
+    def _prove_on_disk(self, name: str, size: int) -> None:
+        try:
+            status = (self.hidden_dir / name).lstat()
+        except FileNotFoundError as error:
+            raise self._uncovered(f"{name}: was written, and is not there any more") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise self._uncovered(f"{name}: is not a regular file any more")
+        if status.st_size != size:
+            raise self._uncovered(f"{name}: has {status.st_size} bytes on disk, not {size}")
 
     def _check_receipts(self, receipts: Sequence[Receipt]) -> None:
         own = (self._layout.kind, self._step, self._attempt, self._layout.world_size, self._layout.digest)
