@@ -57,8 +57,9 @@ def load_hf(directory: str | os.PathLike[str], model: nn.Module, *, strict: bool
     dtype as `Tensor.copy_` does; any other difference of dtypes is refused. Tied weights may be stored under any or all
     of their names. How the model is saved later does not depend on what was loaded, other than with `from_pretrained`.
 
-    A model on the meta device needs memory first: `model.to_empty(device=...)`, then `model.tie_weights()`, then
-    `model.init_weights()` for the buffers that no file holds, such as rotary frequencies.
+    A model on the meta device needs memory first: `model.to_empty(device=...)` and `model.tie_weights()`. After the
+    load, `model.init_weights()` initialises what no file holds, such as rotary frequencies, and nothing else: what was
+    loaded is marked (`_is_hf_initialized`) as `from_pretrained` marks it.
 
     Raises NotACheckpoint or CorruptCheckpoint for the directory, UnsupportedModel or UnsupportedPlacement for the
     model, ModelMismatch with all missing and unexpected keys, wrong shapes and dtypes at once. All of these come before
@@ -75,6 +76,8 @@ def load_hf(directory: str | os.PathLike[str], model: nn.Module, *, strict: bool
         work = [(target, runs) for target, runs in work if len(runs)]
         for target, runs in sorted(work, key=lambda pair: reader.position(pair[1])):
             _fill(reader, target.tensor, runs)
+        for target in found.targets:
+            target.tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     return LoadReport(bytes_read=reader.bytes_read, missing=found.missing, unexpected=found.unexpected)
 
 
@@ -106,7 +109,8 @@ def _plan(directory: Path, files: Sequence[WeightFile], model: PreTrainedModel, 
     if empty:
         raise UnsupportedModel(
             f"{type(model).__name__}: {len(empty)} tensors are on the meta device and cannot take values: "
-            f"{listed(empty)}. First call model.to_empty(device=...), model.tie_weights() and model.init_weights()"
+            f"{listed(empty)}. First call model.to_empty(device=...) and model.tie_weights(), and model.init_weights() "
+            "after the load"
         )
     stored = {tensor.name: tensor for file in files for tensor in file.tensors}
     keys = load_keys(model, state, stored)
