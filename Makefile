@@ -6,7 +6,7 @@
 #   make test TORCH_BUILD=any        take the build of torch that pip finds, CUDA or not
 
 .DEFAULT_GOAL := test
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test check format bench clean
 
 # The first of these that runs, is new enough, and can make virtual environments.
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
@@ -43,6 +43,9 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)
+	@$(BIN)/python benchmarks/export.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/stillframe.egg-info

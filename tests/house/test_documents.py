@@ -68,6 +68,17 @@ def test_every_make_target_is_documented() -> None:
     assert {target for target in targets if f"`make {target}`" not in text} == set()
 
 
+def test_every_link_between_documents_leads_somewhere() -> None:
+    broken = []
+    for path in files_of_the_project():
+        if path.suffix == ".md":
+            targets = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text())
+            broken += [
+                f"{path.relative_to(ROOT_DIR)}: {target}" for target in targets if not (path.parent / target).exists()
+            ]
+    assert broken == []
+
+
 def test_no_file_names_a_place_on_somebodys_machine() -> None:
     machine_path = re.compile(rb"(?<![\w.-])/([w]ork|[r]oot|home/\w+|tmp/[v]env|Users/\w+)/")
     registry = re.compile(rb"[p]ypi\.org|[f]iles\.pythonhosted\.org|[d]ownload\.pytorch\.org|/[o]pt/(wheels|pypi)")

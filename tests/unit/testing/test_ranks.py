@@ -299,10 +299,11 @@ if __name__ == "__main__":
 """
 
 
-def test_ranks_die_with_a_launcher_that_is_killed(pytestconfig: pytest.Config) -> None:
+def test_ranks_die_with_a_launcher_that_is_killed(pytestconfig: pytest.Config, tmp_path: Path) -> None:
     launcher = subprocess.run(
         [sys.executable, "-c", _LAUNCHER_THAT_IS_KILLED],
         cwd=pytestconfig.rootpath,
+        env={**os.environ, "TMPDIR": str(tmp_path)},  # nobody is left to remove its scratch directory
         capture_output=True,
         text=True,
         timeout=60,
