@@ -41,12 +41,18 @@ class Reader:
     """Fills tensors from the runs of `sources` that they consist of. `bytes_read` counts the data read so far."""
 
     def __init__(
-        self, files: Sequence[WeightFile], sources: Sequence[Source], *, bounce_bytes: int = _BOUNCE_BYTES
+        self,
+        files: Sequence[WeightFile],
+        sources: Sequence[Source],
+        *,
+        bounce_bytes: int = _BOUNCE_BYTES,
+        max_read_bytes: int = _MAX_READ_BYTES,
     ) -> None:
         self._files = files
         stored = {tensor.name: (index, tensor) for index, file in enumerate(files) for tensor in file.tensors}
         self._sources = [(*stored[source.key], source.permutation) for source in sources]
         self._bounce_bytes = bounce_bytes
+        self._max_read_bytes = max_read_bytes
         self._bounce: torch.Tensor | None = None  # made when first needed: most loads read straight into place
         self.bytes_read = 0
 
@@ -142,11 +148,11 @@ class Reader:
         while waiting:
             batch: list[memoryview] = []
             batch_bytes = 0
-            while waiting and len(batch) < _MAX_BUFFERS and batch_bytes < _MAX_READ_BYTES:
-                place = waiting.pop()
-                if len(place) > _MAX_READ_BYTES - batch_bytes:
-                    waiting.append(place[_MAX_READ_BYTES - batch_bytes :])
-                    place = place[: _MAX_READ_BYTES - batch_bytes]
+            while waiting and len(batch) < _MAX_BUFFERS and batch_bytes < self._max_read_bytes:
+                place, room = waiting.pop(), self._max_read_bytes - batch_bytes
+                if len(place) > room:
+                    waiting.append(place[room:])
+                    place = place[:room]
                 batch.append(place)
                 batch_bytes += len(place)
             try:
@@ -157,10 +163,10 @@ class Reader:
                 raise CorruptCheckpoint(f"{path}: ended at byte {offset} while it was being read")
             offset += got
             self.bytes_read += got
-            waiting.extend(reversed(_left(batch, got)))
+            waiting.extend(reversed(left_to_read(batch, got)))
 
 
-def _left(places: list[memoryview], got: int) -> list[memoryview]:
+def left_to_read(places: list[memoryview], got: int) -> list[memoryview]:
     """What of `places` is still to be read after a read of `got` bytes."""
     for index, place in enumerate(places):
         if got < len(place):

@@ -17,7 +17,7 @@ from stillframe.errors import CorruptCheckpoint, LoadError
 from stillframe.layout.runs import Runs
 from stillframe.load.directory import WEIGHTS_NAME, WeightFile, open_weights
 from stillframe.load.keys import Permutation, Source
-from stillframe.load.reading import Reader
+from stillframe.load.reading import Reader, left_to_read
 
 # Neighbours in the file in this order: safetensors sorts by dtype, then by name.
 STORED = {
@@ -73,17 +73,19 @@ def scattered_runs(draw: st.DrawFn) -> tuple[list[tuple[int, int, int, int]], in
     drawn=scattered_runs(),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     bounce_bytes=st.integers(8, 300),
+    max_read_bytes=st.integers(1, 300),
 )
 def test_every_element_lands_in_its_place_and_nothing_else_changes(
     files: tuple[WeightFile, ...],
     drawn: tuple[list[tuple[int, int, int, int]], int],
     dtype: torch.dtype,
     bounce_bytes: int,
+    max_read_bytes: int,
 ) -> None:
     rows, size = drawn
     flat = torch.full((size,), -1.0, dtype=dtype)
     wanted = expected(FLOATING, rows, flat)
-    reader = Reader(files, sources(*FLOATING), bounce_bytes=bounce_bytes)
+    reader = Reader(files, sources(*FLOATING), bounce_bytes=bounce_bytes, max_read_bytes=max_read_bytes)
     reader.fill(flat, Runs.of(rows))
     assert torch.equal(flat, wanted)
     assert reader.bytes_read == sum(length * STORED[FLOATING[s]].dtype.itemsize for _, s, _, length in rows)
@@ -97,6 +99,14 @@ def test_a_stretch_with_more_places_than_one_call_can_fill(tmp_path: Path) -> No
     with open_weights(tmp_path) as opened:
         Reader(opened, sources("values")).fill(flat, backwards)
     assert torch.equal(flat, values.flip(0))
+
+
+@given(st.lists(st.binary(max_size=5), max_size=6), st.data())
+def test_what_a_short_read_left_is_everything_behind_what_it_got(parts: list[bytes], data: st.DataObject) -> None:
+    whole = b"".join(parts)
+    got = data.draw(st.integers(0, len(whole)))
+    left = left_to_read([memoryview(part) for part in parts], got)
+    assert b"".join(left) == whole[got:]
 
 
 def permuted(key: str, order: tuple[int, ...]) -> tuple[Source, torch.Tensor]:
