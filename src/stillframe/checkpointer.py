@@ -19,8 +19,9 @@ from typing import Any, Self
 from torch import nn
 
 from stillframe import provenance
+from stillframe.commit.failure import Failure
 from stillframe.commit.rendezvous import meet
-from stillframe.commit.vote import Ballot, Failure
+from stillframe.commit.vote import Ballot
 from stillframe.errors import CheckpointExists, ClosedError, OptionError, SaveFailed, StillframeError
 from stillframe.export import Export
 from stillframe.layout.huggingface import unwrapped
@@ -86,11 +87,10 @@ class Checkpointer:
         self._monitor = Monitor()
         self._reports: deque[SaveReport] = deque(maxlen=_KEPT_REPORTS)
         self._in_flight: _InFlight | None = None
-        self._attempts = 0
         self._closed = False
         self._export: Export | None = None
-        self._meeting = meet(self._options.run_dir, store_host=store_host)
-        self._ballot = self._new_ballot(None, self._options.run_dir)
+        self._meeting = meet(self._options.run_dir, store_host=store_host, timeout_s=save_timeout_s)
+        self._ballot = Ballot(self._meeting, step=None, path=self._options.run_dir, timeout_s=save_timeout_s)
         self._at_exit = _exit_handler(weakref.ref(self))
         companions = tuple(companion for companion in (processor, tokenizer) if companion is not None)
         try:
@@ -178,11 +178,6 @@ class Checkpointer:
 
     # Behind the calls
 
-    def _new_ballot(self, step: int | None, path: Path) -> Ballot:
-        attempt = f"{self._meeting.nonce}.{self._attempts}"
-        self._attempts += 1
-        return Ballot(self._meeting, attempt=attempt, step=step, path=path, timeout_s=self._options.save_timeout_s)
-
     def _set_up(self, model: nn.Module, companions: tuple[Any, ...]) -> str:
         self._export = Export(
             unwrapped(model),
@@ -220,13 +215,12 @@ class Checkpointer:
             failure = Failure.of(error, rank=self._meeting.rank, stage="snapshot")
             _log.exception("the snapshot for step %d failed on rank %d", step, self._meeting.rank)
         tracker.staged()
-        ballot = self._new_ballot(step, final_dir)
+        ballot = self._ballot.successor(step=step, path=final_dir)
         job = SaveJob(
             run_dir=self._options.run_dir,
             layout=export.layout,
             plan_id=export.plan_id,
             step=step,
-            attempt=ballot.attempt,
             overwrite=overwrite,
             inline_files=inline_files,
             snapshot_failure=failure,
@@ -236,6 +230,7 @@ class Checkpointer:
             timeout_s=self._options.save_timeout_s,
         )
         future: Future[Path] = Future()
+        future.set_running_or_notify_cancel()  # it cannot be cancelled: the other ranks save too
         thread = threading.Thread(
             target=self._run,
             args=(job, ballot, export, tracker, future),

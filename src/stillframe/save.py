@@ -13,9 +13,10 @@ from pathlib import Path
 from stillframe import names
 from stillframe.catalog.directory import list_checkpoints
 from stillframe.catalog.retention import remove, superseded
+from stillframe.commit.failure import Failure
 from stillframe.commit.publish import Publication
 from stillframe.commit.rendezvous import Rendezvous
-from stillframe.commit.vote import Aftermath, Ballot, Failure, Vote
+from stillframe.commit.vote import Aftermath, Ballot, Vote
 from stillframe.durable import replace_link
 from stillframe.errors import SaveFailed, SaveTimeout, StillframeError, WriteFailed, WriterDied
 from stillframe.records import InlineFile, Layout, Receipt, WriteRequest
@@ -42,7 +43,6 @@ class SaveJob:
     layout: Layout
     plan_id: int
     step: int
-    attempt: str
     overwrite: bool
     inline_files: tuple[InlineFile, ...]
     snapshot_failure: Failure | None
@@ -74,11 +74,11 @@ def run_save(
             publication = _publish(job, ballot, meeting, writer, tracker)
             tracker.published()
             on_published()
-            aftermath = _after_publication(job, publication)
+            aftermath = _after_publication(job, ballot.attempt, publication)
             ballot.conclude(aftermath)
             return aftermath
         ballot.await_open()
-        ballot.cast(_write(job, meeting, writer, tracker))
+        ballot.cast(_write(job, ballot.attempt, meeting, writer, tracker))
         ballot.await_verdict()
         tracker.published()
         on_published()
@@ -89,24 +89,24 @@ def run_save(
 
 def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterClient, tracker: Tracker) -> Publication:
     """Rank 0's part up to the verdict, which it has told everyone when this returns or raises."""
-    publication = Publication(job.run_dir, job.layout, step=job.step, attempt=job.attempt, overwrite=job.overwrite)
+    publication = Publication(job.run_dir, job.layout, step=job.step, attempt=ballot.attempt, overwrite=job.overwrite)
     try:
         if job.snapshot_failure is not None:
             raise job.snapshot_failure.exception(step=job.step, path=job.final_dir)
         publication.prepare(job.inline_files)
-    except (StillframeError, OSError) as error:
+    except Exception as error:
         failure = _given_up(publication, error, "prepare")
         ballot.open(failure)
         raise failure.exception(step=job.step, path=job.final_dir) from error
     ballot.open(None)
-    ballot.cast(_write(job, meeting, writer, tracker))
+    ballot.cast(_write(job, ballot.attempt, meeting, writer, tracker))
     try:
         ballot.collect()
         receipts = [_receipt(publication.hidden_dir, rank) for rank in range(meeting.world_size)]
         published = list_checkpoints(job.run_dir, job.layout.kind)
         sequence = 1 + max((entry.sequence for entry in published), default=0)
         publication.publish(receipts, sequence=sequence, git_commit=job.git_commit, versions=job.versions)
-    except (StillframeError, OSError, ValueError) as error:
+    except Exception as error:
         failure = _given_up(publication, error, "publish")
         ballot.decide(failure)
         raise failure.exception(step=job.step, path=job.final_dir) from error
@@ -127,24 +127,31 @@ def _receipt(hidden_dir: Path, rank: int) -> Receipt:
     return decode_receipt((hidden_dir / names.receipt_name(rank)).read_bytes())
 
 
-def _after_publication(job: SaveJob, publication: Publication) -> Aftermath:
+def _after_publication(job: SaveJob, attempt: str, publication: Publication) -> Aftermath:
     """The link to the newest, then retention. What fails here takes nothing back: the checkpoint is published."""
-    trouble: Failure | None = None
+    failures = []
+    steps: tuple[int, ...] = ()
     stage = "link"
     try:
-        replace_link(names.latest_path(job.run_dir, job.layout.kind), job.final_dir.name, job.attempt)
+        replace_link(names.latest_path(job.run_dir, job.layout.kind), job.final_dir.name, attempt)
         stage = "retention"
-        publication.clean_up()
+        # Not where the link still names an older one: it would dangle if that were removed.
         for entry in superseded(list_checkpoints(job.run_dir, job.layout.kind), keep=job.keep):
-            remove(entry, attempt=job.attempt)
-    except OSError as error:
-        reason = f"the checkpoint is published, but then: {error}"
-        trouble = Failure(error="SaveFailed", rank=0, stage=stage, reason=reason)
-    steps = sorted(entry.step for entry in list_checkpoints(job.run_dir, job.layout.kind))
-    return Aftermath(trouble=trouble, steps=tuple(steps))
+            remove(entry, attempt=attempt)
+    except (StillframeError, OSError) as error:
+        failures.append((stage, error))
+    try:
+        publication.clean_up()
+        steps = tuple(sorted(entry.step for entry in list_checkpoints(job.run_dir, job.layout.kind)))
+    except (StillframeError, OSError) as error:
+        failures.append(("retention", error))
+    if not failures:
+        return Aftermath(trouble=None, steps=steps)
+    reason = "the checkpoint is published, but then: " + "; ".join(str(error) for _, error in failures)
+    return Aftermath(trouble=Failure(error="SaveFailed", rank=0, stage=failures[0][0], reason=reason), steps=steps)
 
 
-def _write(job: SaveJob, meeting: Rendezvous, writer: WriterClient, tracker: Tracker) -> Vote:
+def _write(job: SaveJob, attempt: str, meeting: Rendezvous, writer: WriterClient, tracker: Tracker) -> Vote:
     """Have the share written and return this rank's vote; a failure is a vote too."""
     failure = job.snapshot_failure
     if failure is None:
@@ -152,9 +159,9 @@ def _write(job: SaveJob, meeting: Rendezvous, writer: WriterClient, tracker: Tra
             plan_id=job.plan_id,
             kind=job.layout.kind,
             step=job.step,
-            attempt=job.attempt,
+            attempt=attempt,
             directory=names.incomplete_path(job.run_dir, job.layout.kind, job.step),
-            marker_name=names.marker_name(job.attempt),
+            marker_name=names.marker_name(attempt),
             receipt_name=names.receipt_name(meeting.rank),
             inline_files=job.inline_files,
         )
@@ -164,4 +171,6 @@ def _write(job: SaveJob, meeting: Rendezvous, writer: WriterClient, tracker: Tra
         except WriterError as error:
             cls = _WRITER_ERRORS[error.kind]
             failure = Failure(error=cls.__name__, rank=meeting.rank, stage="write", reason=error.reason)
+        except Exception as error:  # noqa: BLE001  # whatever it is, no rank must be left waiting for this vote
+            failure = Failure.of(error, rank=meeting.rank, stage="write")
     return Vote(rank=meeting.rank, step=job.step, layout_digest=job.layout.digest, failure=failure)

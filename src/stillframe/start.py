@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stillframe.catalog.directory import list_checkpoints
+from stillframe.commit.failure import Failure
 from stillframe.commit.probe import Probe
 from stillframe.commit.rendezvous import Rendezvous
-from stillframe.commit.vote import Aftermath, Ballot, Failure, Vote
+from stillframe.commit.vote import Aftermath, Ballot, Vote
 from stillframe.errors import StillframeError
 
 
@@ -64,7 +65,7 @@ def _decide(run_dir: Path, probe: Probe, ballot: Ballot, meeting: Rendezvous) ->
         finally:
             probe.remove()
         steps = tuple(entry.step for entry in list_checkpoints(run_dir, "hf"))
-    except (StillframeError, OSError) as error:
+    except Exception as error:
         failure = Failure.of(error, rank=0, stage="start")
         ballot.decide(failure)
         raise failure.exception(step=None, path=run_dir) from error

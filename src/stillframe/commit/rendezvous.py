@@ -1,83 +1,200 @@
 """How the ranks of a job find each other's votes: a store of stillframe's own.
 
 Not the job's process groups: their collectives would have to run on the training thread, and one that fails or
-hangs takes the training with it. A TCPStore wait is bounded, fails alone, and needs no matching call on other ranks.
+hangs takes the training with it. A store's wait is bounded, fails alone, and needs no matching call on other ranks.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import socket
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 # Public and documented, but re-exported without an `__all__`.
-from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_default_store
 
-from stillframe.errors import RunDirectoryError, StillframeError
+from stillframe.commit.failure import Failure, in_words
+from stillframe.commit.store import BoundedStore, within
+from stillframe.errors import RunDirectoryError, SaveFailed, SaveTimeout, StillframeError
 
-_CONNECT_TIMEOUT_S = 120
+_CONNECT_TIMEOUT_S = 120.0
+_LONGEST_ANSWER_S = 60.0
+_SHORTEST_ANSWER_S = 5.0
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rendezvous:
     """This rank, the job's size, the store, and a random `nonce` of this Checkpointer (equal on all ranks).
 
-    The store runs in rank 0's process. `HashStore`, which stays in the process, serves a job of one rank.
+    The store runs in rank 0's process; for a job of one rank it stays in the process altogether.
     """
 
     rank: int
     world_size: int
     nonce: str
-    store: Store
+    store: BoundedStore
 
     def leave(self) -> None:
         """Let go of the store; rank 0's listens no more from then on. The last thing done with it."""
-        del self.store
+        self.store.close()
 
 
-def meet(run_dir: Path, *, store_host: str | None) -> Rendezvous:
-    """Collective: all ranks of the default process group meet once, on the training thread, within its timeout.
+def meet(run_dir: Path, *, store_host: str | None, timeout_s: float) -> Rendezvous:
+    """All ranks of the default process group meet once; every rank calls this. Blocks, a few times `timeout_s` at most.
 
-    Rank 0 creates `run_dir` where it is missing, listens on a port that the kernel chooses, and tells the others where.
-    It listens on loopback when all ranks share a host, else on `store_host`, else on MASTER_ADDR's address where that
-    is this host's, else on the address of this host's name. Raises RunDirectoryError or StillframeError on every rank.
+    The ranks talk through the store that they met in for `torch.distributed` itself. Rank 0 creates `run_dir` where it
+    is missing, listens on a port that the kernel chooses, and tells the others where: on loopback when all ranks share
+    a host, else on `store_host`, else on MASTER_ADDR's address where that is this host's, else on the address of this
+    host's name. Raises, on every rank alike, RunDirectoryError, StillframeError if a rank cannot reach that address,
+    or SaveTimeout naming the ranks that did not call.
     """
+    answer_timeout_s = min(_LONGEST_ANSWER_S, max(_SHORTEST_ANSWER_S, timeout_s))
     if not (dist.is_available() and dist.is_initialized()):
         _create(run_dir)
-        return Rendezvous(rank=0, world_size=1, nonce=secrets.token_hex(8), store=HashStore())
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    hosts: list[object] = [None] * world_size
-    dist.all_gather_object(hosts, _network_identity())
-    one_host = all(host == hosts[0] for host in hosts)
-    store: Store | None = None
-    offer: list[tuple[str, int, str] | str] = [""]
-    if rank == 0:
+        store = BoundedStore(HashStore(), remote=False, answer_timeout_s=answer_timeout_s)
+        return Rendezvous(rank=0, world_size=1, nonce=secrets.token_hex(8), store=store)
+    first = BoundedStore(_get_default_store(), remote=True, answer_timeout_s=answer_timeout_s)
+    introduction = _Introduction(first, dist.get_rank(), dist.get_world_size(), run_dir, timeout_s)
+    if introduction.rank == 0:
+        return _host(introduction, store_host, answer_timeout_s)
+    return _join(introduction, answer_timeout_s)
+
+
+def _host(introduction: _Introduction, store_host: str | None, answer_timeout_s: float) -> Rendezvous:
+    """Rank 0's part of `meet`."""
+    nonce = secrets.token_hex(8)
+    with introduction.telling_all("offer"):
+        identities = introduction.collect("identity", _network_identity())
+        _create(introduction.run_dir)
+        one_host = all(identity == identities[0] for identity in identities)
+        listener = _listen("127.0.0.1" if one_host else store_host)
+        host, port = listener.getsockname()[:2]
+        # The store's own process cannot be silent while it waits for an answer.
+        store = BoundedStore(_tcp_store(host, port, listener), remote=False, answer_timeout_s=answer_timeout_s)
+        introduction.announce("offer", {"host": host, "port": port, "nonce": nonce})
+    with introduction.telling_all("start"):
         try:
-            _create(run_dir)
-            listener = _listen("127.0.0.1" if one_host else store_host)
-            host, port = listener.getsockname()[:2]
-            store = _tcp_store(host, port, listener)
-            offer = [(host, port, secrets.token_hex(8))]
+            for failure in introduction.collect("joined", None):
+                if failure is not None:
+                    raise Failure(**failure).exception(step=None, path=introduction.run_dir)
+        except BaseException:
+            store.close()
+            raise
+        introduction.announce("start", {})
+    return Rendezvous(rank=0, world_size=introduction.world_size, nonce=nonce, store=store)
+
+
+def _join(introduction: _Introduction, answer_timeout_s: float) -> Rendezvous:
+    """The part of the other ranks."""
+    introduction.report("identity", _network_identity())
+    offer = introduction.hear("offer")
+    host, port = offer["host"], offer["port"]
+    connected: TCPStore | None = None
+    failure: Failure | None = None
+    try:
+        connected = within(_CONNECT_TIMEOUT_S + answer_timeout_s, lambda: _tcp_store(host, port, None))
+    except (ConnectionError, TimeoutError, RuntimeError) as error:
+        reason = (
+            f"rank {introduction.rank} cannot reach rank 0's store at {host}:{port} ({error}); "
+            "pass store_host, an address of rank 0's host that all ranks reach"
+        )
+        failure = Failure(error="StillframeError", rank=introduction.rank, stage="start", reason=reason)
+    introduction.report("joined", None if failure is None else asdict(failure))
+    introduction.hear("start")
+    assert connected is not None, "rank 0 announces what was reported as a failure"
+    store = BoundedStore(connected, remote=True, answer_timeout_s=answer_timeout_s)
+    return Rendezvous(rank=introduction.rank, world_size=introduction.world_size, nonce=offer["nonce"], store=store)
+
+
+class _Introduction:
+    """The talk by which the ranks of one meeting find each other, in the default process group's own store."""
+
+    def __init__(self, store: BoundedStore, rank: int, world_size: int, run_dir: Path, timeout_s: float) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.run_dir = run_dir
+        self._store = store
+        self._timeout_s = timeout_s
+        with self._reaching_the_store():
+            # Counted per rank, in the store itself: the same meeting has the same number on all ranks.
+            self._number = store.add(f"stillframe/meetings-of-{rank}", 1)
+
+    def report(self, name: str, message: Any) -> None:
+        """This rank's own word, for rank 0."""
+        with self._reaching_the_store():
+            self._store.set(self._key(f"{name}/{self.rank}"), json.dumps(message))
+
+    def collect(self, name: str, own: Any) -> list[Any]:
+        """Rank 0: what each rank reported, by rank. Raises SaveTimeout naming those that did not."""
+        found: list[Any] = [own]
+        deadline = time.monotonic() + self._timeout_s
+        with self._reaching_the_store():
+            for rank in range(1, self.world_size):
+                try:
+                    text = self._store.get(self._key(f"{name}/{rank}"), deadline - time.monotonic())
+                except TimeoutError as error:
+                    raise self._late(name, rank) from error
+                found.append(json.loads(text))
+        return found
+
+    def announce(self, name: str, message: dict[str, Any]) -> None:
+        """Rank 0: for every rank."""
+        with self._reaching_the_store():
+            self._store.set(self._key(name), json.dumps(message))
+
+    def hear(self, name: str) -> dict[str, Any]:
+        """What rank 0 announced. Raises what it announced as a failure, or SaveTimeout."""
+        # Rank 0 itself waits for all ranks; only when it can wait no more, is it late.
+        timeout_s = self._timeout_s + max(_SHORTEST_ANSWER_S, min(_LONGEST_ANSWER_S, self._timeout_s))
+        with self._reaching_the_store():
+            try:
+                message: dict[str, Any] = json.loads(self._store.get(self._key(name), timeout_s))
+            except TimeoutError as error:
+                reason = f"rank {self.rank} waited {timeout_s:.0f} s for rank 0: did it make its Checkpointer?"
+                raise SaveTimeout(reason, step=None, rank=0, stage="start", path=self.run_dir) from error
+        if "failure" in message:
+            raise Failure(**message["failure"]).exception(step=None, path=self.run_dir)
+        return message
+
+    @contextmanager
+    def telling_all(self, name: str) -> Iterator[None]:
+        """Rank 0: whatever is raised inside is what the others hear as `name`."""
+        try:
+            yield
         except (StillframeError, OSError, RuntimeError) as error:
-            offer = [str(error)]
-    dist.broadcast_object_list(offer, src=0)
-    if isinstance(offer[0], str):
-        raise RunDirectoryError(offer[0])
-    host, port, nonce = offer[0]
-    if store is None:
+            self.announce(name, {"failure": asdict(Failure.of(error, rank=0, stage="start"))})
+            raise
+
+    def _late(self, name: str, first: int) -> SaveTimeout:
+        others = range(first + 1, self.world_size)
+        late = [first, *(rank for rank in others if not self._store.has(self._key(f"{name}/{rank}")))]
+        reason = (
+            f"{in_words(late)} did not come within {self._timeout_s:.0f} s (of {self.world_size} ranks); "
+            "does every rank make a Checkpointer?"
+        )
+        return SaveTimeout(reason, step=None, rank=first, stage="start", path=self.run_dir)
+
+    def _key(self, name: str) -> str:
+        return f"stillframe/meeting-{self._number}/{name}"
+
+    @contextmanager
+    def _reaching_the_store(self) -> Iterator[None]:
         try:
-            store = _tcp_store(host, port, None)
-        except RuntimeError as error:
-            raise StillframeError(
-                f"rank {rank} cannot reach rank 0's store at {host}:{port}: {error}; "
-                "pass store_host, an address of rank 0's host that all ranks reach"
-            ) from error
-    return Rendezvous(rank=rank, world_size=world_size, nonce=nonce, store=store)
+            yield
+        except ConnectionError as error:
+            reason = f"the store of the default process group cannot be reached ({error})"
+            raise SaveFailed(reason, step=None, rank=None, stage="start", path=self.run_dir) from error
 
 
 def _create(run_dir: Path) -> None:

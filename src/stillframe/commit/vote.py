@@ -8,47 +8,19 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from stillframe import errors
+from stillframe.commit.failure import Failure, in_words
 from stillframe.commit.rendezvous import Rendezvous
-from stillframe.errors import SaveFailed, SaveTimeout, StillframeError
+from stillframe.errors import SaveFailed, SaveTimeout
 
 _FAILURE_GRACE_S = 60.0
 _VERDICT_SLACK_S = 60.0
-_MAX_NAMED_RANKS = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """What went wrong, where; `error` is the name of a class in `stillframe.errors`."""
-
-    error: str
-    rank: int | None
-    stage: str
-    reason: str
-
-    @staticmethod
-    def of(error: BaseException, *, rank: int, stage: str) -> Failure:
-        if isinstance(error, SaveFailed):
-            return Failure(error=type(error).__name__, rank=error.rank, stage=error.stage, reason=error.reason)
-        if isinstance(error, StillframeError):
-            return Failure(error=type(error).__name__, rank=rank, stage=stage, reason=str(error))
-        return Failure(error="SaveFailed", rank=rank, stage=stage, reason=f"{type(error).__name__}: {error}")
-
-    def exception(self, *, step: int | None, path: Path) -> StillframeError:
-        """The failure as the exception that it was on its own rank, to raise on another."""
-        cls = getattr(errors, self.error, None)
-        if isinstance(cls, type) and issubclass(cls, StillframeError) and not issubclass(cls, SaveFailed):
-            return cls(f"rank {self.rank}: {self.reason}")
-        if not (isinstance(cls, type) and issubclass(cls, SaveFailed)):
-            cls = SaveFailed
-        return cls(self.reason, step=step, rank=self.rank, stage=self.stage, path=path)
+_MAX_REASONS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,31 +45,59 @@ class Aftermath:
 
 
 class Ballot:
-    """The vote on one attempt, as one rank takes part in it. All ranks make theirs in the same order of attempts.
+    """The vote on one attempt, as one rank takes part in it.
 
-    `step` None: not a save, but the start of the Checkpointers.
+    Attempts are numbered on each rank alike: `successor` makes the next one's. `step` None: not a save, but the start
+    of the Checkpointers, attempt 0.
     """
 
-    def __init__(self, meeting: Rendezvous, *, attempt: str, step: int | None, path: Path, timeout_s: float) -> None:
+    def __init__(self, meeting: Rendezvous, *, step: int | None, path: Path, timeout_s: float, number: int = 0) -> None:
         self._meeting = meeting
-        self.attempt = attempt
         self._step = step
         self._path = path
         self._timeout_s = timeout_s
+        self._number = number
+        self._opened = False
+        self._expected_acknowledgements = meeting.world_size
+
+    @property
+    def attempt(self) -> str:
+        """What names the attempt in keys, files and the manifest; known for good once it is open."""
+        return f"{self._meeting.nonce}.{self._number}"
+
+    def successor(self, *, step: int, path: Path) -> Ballot:
+        """The ballot of the next attempt. One that rank 0 never opened does not count."""
+        number = self._number + 1 if self._opened or self._meeting.rank == 0 else self._number
+        return Ballot(self._meeting, step=step, path=path, timeout_s=self._timeout_s, number=number)
 
     def open(self, failure: Failure | None) -> None:
         """Rank 0: the directory is ready for the writers, or will never be."""
-        self._set("open", None if failure is None else asdict(failure))
+        self._opened = True
+        self._set("open", {"step": self._step, "failure": None if failure is None else asdict(failure)})
 
     def await_open(self) -> None:
-        """Block until rank 0 opened the attempt. Raises SaveFailed with its reason if it could not."""
+        """Block until rank 0 opened the attempt.
+
+        Raises SaveFailed with rank 0's reason if it could not, or if rank 0 saves another step (which fails then, too).
+        """
         answer = self._get("open", self._timeout_s, "to create the directory")
-        if answer is not None:
-            raise Failure(**answer).exception(step=self._step, path=self._path)
+        while answer["step"] != self._step and (answer["failure"] is not None or self._is_decided()):
+            # A save that this rank did not call, and that is over without it. The next one may be ours.
+            self._number += 1
+            answer = self._get("open", self._timeout_s, "to create the directory")
+        self._opened = True
+        if answer["failure"] is not None:
+            raise Failure(**answer["failure"]).exception(step=self._step, path=self._path)
+        if answer["step"] != self._step:
+            rank = self._meeting.rank
+            reason = f"rank {rank} saves step {self._step} while rank 0 saves step {answer['step']}"
+            failure = Failure(error="SaveFailed", rank=rank, stage="vote", reason=reason)
+            self.cast(Vote(rank=rank, step=self._step, layout_digest="", failure=failure))
+            raise failure.exception(step=self._step, path=self._path)
 
     def cast(self, vote: Vote) -> None:
         with self._reaching_rank_0():
-            self._meeting.store.queue_push(self._key("votes"), json.dumps(asdict(vote)))
+            self._meeting.store.push(self._key("votes"), json.dumps(asdict(vote)))
 
     def collect(self) -> tuple[Vote, ...]:
         """Rank 0: all votes, by rank. Blocks at most for the timeout, and a minute once one rank has failed.
@@ -108,16 +108,17 @@ class Ballot:
         votes: dict[int, Vote] = {}
         deadline = time.monotonic() + self._timeout_s
         while len(votes) < self._meeting.world_size:
-            self._meeting.store.set_timeout(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
             try:
-                fields = json.loads(self._meeting.store.queue_pop(self._key("votes")))
-            except dist.DistStoreError:
+                fields = json.loads(self._meeting.store.pop(self._key("votes"), deadline - time.monotonic()))
+            except TimeoutError:
                 break
             failure = fields.pop("failure")
             vote = Vote(**fields, failure=None if failure is None else Failure(**failure))
             votes[vote.rank] = vote
             if vote.failure is not None:
                 deadline = min(deadline, time.monotonic() + _FAILURE_GRACE_S)
+        # Those that are late may never come, and whoever leaves the store must not wait for them.
+        self._expected_acknowledgements = len(votes)
         self._raise_failures(votes)
         self._raise_disagreements(votes)
         return tuple(votes[rank] for rank in sorted(votes))
@@ -128,7 +129,8 @@ class Ballot:
 
     def await_verdict(self) -> None:
         """Block until rank 0 decided. Raises the failure if it is not published, SaveTimeout if there is no verdict."""
-        answer = self._get("verdict", self._timeout_s + _VERDICT_SLACK_S, "to decide")
+        # Rank 0 may write for as long as is allowed, then wait for votes as long, before it proves and publishes.
+        answer = self._get("verdict", 2 * self._timeout_s + _VERDICT_SLACK_S, "to decide")
         if answer is not None:
             raise Failure(**answer).exception(step=self._step, path=self._path)
 
@@ -148,9 +150,10 @@ class Ballot:
             self._meeting.store.add(self._key("seen"), 1)
 
     def await_acknowledged(self, timeout_s: float) -> bool:
-        """Rank 0, before it closes the store: wait until every rank has acknowledged. False if some did not."""
+        """Rank 0, before it closes the store: wait until the ranks that voted have acknowledged (where no votes were
+        collected: all ranks). False if some did not."""
         deadline = time.monotonic() + timeout_s
-        while self._meeting.store.add(self._key("seen"), 0) < self._meeting.world_size:
+        while self._meeting.store.add(self._key("seen"), 0) < self._expected_acknowledgements:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.01)
@@ -159,21 +162,24 @@ class Ballot:
     def forget(self) -> None:
         """Rank 0: drop the attempt's keys. Safe once all ranks have voted on a later attempt."""
         for name in ("open", "verdict", "aftermath", "seen"):
-            self._meeting.store.delete_key(self._key(name))
+            self._meeting.store.delete(self._key(name))
 
     def _key(self, name: str) -> str:
         return f"stillframe/{self.attempt}/{name}"
+
+    def _is_decided(self) -> bool:
+        with self._reaching_rank_0():
+            return self._meeting.store.has(self._key("verdict"))
 
     def _set(self, name: str, message: Any) -> None:
         with self._reaching_rank_0():
             self._meeting.store.set(self._key(name), json.dumps(message))
 
     def _get(self, name: str, timeout_s: float, purpose: str) -> Any:
-        key = self._key(name)
         with self._reaching_rank_0():
             try:
-                self._meeting.store.wait([key], timedelta(seconds=timeout_s))
-            except dist.DistStoreError as error:
+                return json.loads(self._meeting.store.get(self._key(name), timeout_s))
+            except TimeoutError as error:
                 raise SaveTimeout(
                     f"rank {self._meeting.rank} waited {timeout_s:.0f} s for rank 0 {purpose}",
                     step=self._step,
@@ -181,28 +187,34 @@ class Ballot:
                     stage="vote",
                     path=self._path,
                 ) from error
-            return json.loads(self._meeting.store.get(key))
 
-    def _reaching_rank_0(self) -> _ReachingRank0:
-        return _ReachingRank0(self._step, self._path)
+    @contextmanager
+    def _reaching_rank_0(self) -> Iterator[None]:
+        try:
+            yield
+        except ConnectionError as error:
+            reason = f"rank 0's process, which holds the store, cannot be reached ({error})"
+            raise SaveFailed(reason, step=self._step, rank=0, stage="vote", path=self._path) from error
 
     def _raise_failures(self, votes: dict[int, Vote]) -> None:
-        failed = [vote for _, vote in sorted(votes.items()) if vote.failure is not None]
+        failures = [vote.failure for _, vote in sorted(votes.items()) if vote.failure is not None]
         late = [rank for rank in range(self._meeting.world_size) if rank not in votes]
-        reasons = [f"rank {v.rank} in stage {v.failure.stage!r}: {v.failure.reason}" for v in failed if v.failure]
-        if late:
-            reasons.append(f"no word from {_ranks(late)}")
-        if failed:
-            first = failed[0].failure
-            assert first is not None, "selected for having one"
-            reason = first.reason if len(reasons) == 1 else "; ".join(reasons[:_MAX_NAMED_RANKS])
-            raise Failure(error=first.error, rank=first.rank, stage=first.stage, reason=reason).exception(
-                step=self._step, path=self._path
-            )
+        if failures:
+            reason = failures[0].reason
+            if len(failures) > 1 or late:
+                reasons = [f"rank {f.rank} in stage {f.stage!r}: {f.reason}" for f in failures[:_MAX_REASONS]]
+                if len(failures) > _MAX_REASONS:
+                    reasons.append(f"also {in_words([f.rank for f in failures[_MAX_REASONS:] if f.rank is not None])}")
+                if late:
+                    reasons.append(f"no word from {in_words(late)}")
+                reason = "; ".join(reasons)
+            first = failures[0]
+            failure = Failure(error=first.error, rank=first.rank, stage=first.stage, reason=reason)
+            raise failure.exception(step=self._step, path=self._path)
         if late:
             raise SaveTimeout(
-                f"{_ranks(late)} did not report within {self._timeout_s:.0f} s (of {self._meeting.world_size} ranks); "
-                "did every rank call the save?",
+                f"{in_words(late)} did not report within {self._timeout_s:.0f} s (of {self._meeting.world_size} "
+                "ranks); did every rank call the save?",
                 step=self._step,
                 rank=late[0],
                 stage="vote",
@@ -219,30 +231,3 @@ class Ballot:
             else:
                 continue
             raise SaveFailed(reason, step=self._step, rank=rank, stage="vote", path=self._path)
-
-
-class _ReachingRank0:
-    """Turns a broken connection to rank 0's store into a SaveFailed that says so."""
-
-    def __init__(self, step: int | None, path: Path) -> None:
-        self._step = step
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, dist.DistNetworkError):
-            raise SaveFailed(
-                f"rank 0's process, which holds the store, cannot be reached ({error})",
-                step=self._step,
-                rank=0,
-                stage="vote",
-                path=self._path,
-            ) from error
-
-
-def _ranks(ranks: list[int]) -> str:
-    named = ", ".join(str(rank) for rank in ranks[:_MAX_NAMED_RANKS])
-    more = f" and {len(ranks) - _MAX_NAMED_RANKS} more" if len(ranks) > _MAX_NAMED_RANKS else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {named}{more}"

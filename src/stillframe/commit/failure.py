@@ -1,0 +1,46 @@
+"""What went wrong on one rank, as the others are told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillframe import errors
+from stillframe.errors import SaveFailed, StillframeError
+
+_MAX_NAMED_RANKS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What went wrong, where; `error` is the name of a class in `stillframe.errors`."""
+
+    error: str
+    rank: int | None
+    stage: str
+    reason: str
+
+    @staticmethod
+    def of(error: BaseException, *, rank: int, stage: str) -> Failure:
+        if isinstance(error, SaveFailed):
+            return Failure(error=type(error).__name__, rank=error.rank, stage=error.stage, reason=error.reason)
+        if isinstance(error, StillframeError):
+            return Failure(error=type(error).__name__, rank=rank, stage=stage, reason=str(error))
+        return Failure(error="SaveFailed", rank=rank, stage=stage, reason=f"{type(error).__name__}: {error}")
+
+    def exception(self, *, step: int | None, path: Path) -> StillframeError:
+        """The failure as the exception that it was on its own rank, to raise on another."""
+        cls = getattr(errors, self.error, None)
+        if isinstance(cls, type) and issubclass(cls, StillframeError) and not issubclass(cls, SaveFailed):
+            return cls(f"rank {self.rank}: {self.reason}")
+        if not (isinstance(cls, type) and issubclass(cls, SaveFailed)):
+            cls = SaveFailed
+        return cls(self.reason, step=step, rank=self.rank, stage=self.stage, path=path)
+
+
+def in_words(ranks: Sequence[int]) -> str:
+    """Ranks for a message: "rank 3", "ranks 1, 3", or the first of many and how many more."""
+    named = ", ".join(str(rank) for rank in ranks[:_MAX_NAMED_RANKS])
+    more = f" and {len(ranks) - _MAX_NAMED_RANKS} more" if len(ranks) > _MAX_NAMED_RANKS else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {named}{more}"
