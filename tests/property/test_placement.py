@@ -200,13 +200,35 @@ def test_a_partial_tensor_is_refused() -> None:
             held("grad", tensor, 0, 2)
 
 
-@pytest.mark.parametrize("name", ["dp", "tp"])
-def test_a_mesh_that_does_not_span_all_ranks_is_refused(name: str) -> None:
+def test_a_mesh_that_does_not_span_all_ranks_is_refused() -> None:
     with playing(1, 4):
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-        tensor = distribute_tensor(torch.arange(8), mesh[name], [Shard(0)], src_data_rank=None)
-        with pytest.raises(UnsupportedPlacement, match=r"but the job has ranks 0\.\.3"):
+        mesh = DeviceMesh("cpu", [0, 1])
+        tensor = distribute_tensor(torch.arange(8), mesh, [Shard(0)], src_data_rank=None)
+        with pytest.raises(UnsupportedPlacement, match=r"ranks \[0, 1\] but the job has ranks 0\.\.3"):
             held("norm", tensor, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("part", "rank", "placements", "elements", "replicas"),
+    [
+        ("dp", 1, [Shard(0)], (0, 4), (0, 1)),
+        ("dp", 2, [Shard(0)], (4, 8), (2, 3)),
+        ("tp", 1, [Shard(0)], (4, 8), (1, 3)),
+        ("tp", 2, [Shard(0)], (0, 4), (0, 2)),
+        ("dp", 3, [Replicate()], (0, 8), (0, 1, 2, 3)),
+        ("all", 2, [Shard(0)], (4, 6), (2,)),
+    ],
+)
+def test_what_is_on_a_part_of_the_mesh_is_replicated_over_the_rest(
+    part: str, rank: int, placements: list[Placement], elements: tuple[int, int], replicas: tuple[int, ...]
+) -> None:
+    with playing(rank, 4):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        chosen = mesh._flatten("all") if part == "all" else mesh[part]
+        tensor = distribute_tensor(torch.arange(8), chosen, placements, src_data_rank=None)
+        said = holding("norm", tensor, rank=rank, world_size=4, is_parameter=True)
+    assert said.replicas == replicas
+    assert [(int(s), int(s + n)) for s, n in zip(said.runs.start, said.runs.length, strict=True)] == [elements]
 
 
 def test_a_local_tensor_of_another_shape_than_its_placement_makes_is_refused() -> None:
@@ -237,7 +259,7 @@ def test_the_order_of_ranks_in_a_mesh_decides_who_holds_what() -> None:
             tensor = distribute_tensor(torch.arange(10), mesh, [Replicate(), Shard(0)], src_data_rank=None)
             said = held("t", tensor, rank, 4)
             assert indices(said, tensor._local_tensor) == tensor._local_tensor.tolist()
-            assert said.replicas == ((3, 0) if rank in (0, 3) else (1, 2))
+            assert said.replicas == ((0, 3) if rank in (0, 3) else (1, 2))
 
 
 @settings(max_examples=30)

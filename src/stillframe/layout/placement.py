@@ -29,7 +29,7 @@ class Holding:
     """What this rank holds of one tensor.
 
     `runs`: position in the global tensor -> position in the local one (both flat, row-major), ascending.
-    `replicas`: the global ranks that hold exactly the same elements, this one among them, in a common order.
+    `replicas`: the global ranks that hold exactly the same elements, this one among them, ascending.
     `signature`: describes the distribution; the same on all ranks, for the layout's digest.
     """
 
@@ -51,11 +51,12 @@ def holding(name: str, tensor: torch.Tensor, *, rank: int, world_size: int, is_p
     mesh = tensor.device_mesh
     placements = tuple(tensor.placements)
     _refuse_unsupported(name, placements)
-    mesh_ranks = sorted(mesh.mesh.flatten().tolist())
+    whole_mesh = mesh._get_root_mesh().mesh
+    mesh_ranks = sorted(whole_mesh.flatten().tolist())
     if mesh_ranks != list(range(world_size)):
         raise UnsupportedPlacement(
-            f"{name}: its mesh {mesh} spans ranks {mesh_ranks} but the job has ranks 0..{world_size - 1}; "
-            "a tensor must be distributed over a mesh that spans all ranks of the job"
+            f"{name}: its mesh {mesh} belongs to one of ranks {mesh_ranks} but the job has ranks 0..{world_size - 1}; "
+            "a tensor must be distributed over a mesh that spans all ranks of the job, or over a part of such a mesh"
         )
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank of a mesh that spans all ranks has a coordinate"
@@ -75,9 +76,27 @@ def holding(name: str, tensor: torch.Tensor, *, rank: int, world_size: int, is_p
     index = tuple(slice(None) if isinstance(p, Replicate) else c for p, c in zip(placements, coordinate, strict=True))
     return Holding(
         runs=_flat_runs(shape, per_dim),
-        replicas=tuple(mesh.mesh[index].flatten().tolist()),
-        signature=f"{placements} on {tuple(mesh.mesh.shape)}",
+        replicas=_on_other_parts(name, mesh.mesh, mesh.mesh[index].flatten(), whole_mesh),
+        signature=f"{placements} on {tuple(mesh.mesh.shape)} of {tuple(whole_mesh.shape)}",
     )
+
+
+def _on_other_parts(name: str, mesh: torch.Tensor, replicas: torch.Tensor, whole_mesh: torch.Tensor) -> tuple[int, ...]:
+    """All ranks that hold what `replicas` hold, where `mesh` is a part of `whole_mesh`.
+
+    A tensor on the part `mesh["fsdp"]` of an (fsdp, tp) mesh, such as a norm, is held alike by all ranks along tp: each
+    has it on a part of its own. So the mesh dimensions that the part does not have count as replication.
+    """
+    place = {rank: coordinate for coordinate, rank in np.ndenumerate(whole_mesh.numpy())}
+    coordinates = np.array([place[rank] for rank in mesh.flatten().tolist()])
+    extents = [len(set(coordinates[:, dim].tolist())) for dim in range(whole_mesh.dim())]
+    if math.prod(extents) != mesh.numel():
+        raise UnsupportedPlacement(f"{name}: its mesh {mesh.tolist()} is no regular part of {whole_mesh.tolist()}")
+    held: set[int] = set()
+    for rank in replicas.tolist():
+        index = tuple(c if extent > 1 else slice(None) for c, extent in zip(place[rank], extents, strict=True))
+        held.update(whole_mesh[index].flatten().tolist())
+    return tuple(sorted(held))
 
 
 def _refuse_unsupported(name: str, placements: Sequence[Placement]) -> None:
