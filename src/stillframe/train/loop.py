@@ -104,47 +104,50 @@ class Trainer:
             log = _Window(self)
             for step in range(1, self.total_steps + 1):
                 checkpointer.check()
+                batches = self.batches(step)
+                # One small reduction serves two questions: how to scale the loss, and whether every rank knows of a
+                # publication, so that its hooks run at the same step on all of them.
+                own_label_tokens = sum(batch.label_tokens for batch in batches)
+                label_tokens, settled = self.ranks.sum(own_label_tokens, exports.is_settled())
+                if settled == self.ranks.world_size:
+                    exports.deliver(step - 1)
                 started_s = time.perf_counter()
-                loss, label_tokens, grad_norm, all_settled = self.train_step(step, exports.is_settled())
+                loss, grad_norm = self.train_step(step, batches, label_tokens)
                 self.step = step
                 log.add(loss, label_tokens, time.perf_counter() - started_s)
                 if step % self.config.training.log_interval == 0 or step == self.total_steps:
                     progress.step(log.close(step, grad_norm, exports.in_flight()))
-                if all_settled:
-                    exports.deliver(step)
                 for hook in self.hooks:
                     hook.after_train_step(step)
                 if exports.is_due(step):
                     exports.launch(step, self.data.epoch_at(step))
             exports.deliver(self.total_steps)
 
-    def train_step(self, step: int, is_settled: bool = False) -> tuple[Tensor, int, Tensor, bool]:
-        """One optimizer step. Collective.
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of `step`."""
+        return [self.data.batch(step, micro) for micro in range(self.config.training.gradient_accumulation_steps)]
 
-        Returns this rank's part of the loss (a sum over its label tokens, on the device), the label tokens of all
-        ranks, the gradients' norm before clipping, and whether `is_settled` was given on all ranks. The gradient is
-        that of the mean loss per label token over all ranks and micro-batches, however unevenly those hold them,
-        plus the mean of the auxiliary losses, where the model's configuration has them.
+    def train_step(self, step: int, batches: Sequence[Batch], label_tokens: float) -> tuple[Tensor, Tensor]:
+        """One optimizer step on `batches`; `label_tokens` counts those of all ranks. Collective.
+
+        Returns this rank's part of the loss, a sum over its label tokens, and the gradients' norm before clipping, both
+        on the device. The gradient is that of the mean loss per label token over all ranks and micro-batches, however
+        unevenly those hold them, plus the mean of the auxiliary losses, where the model's configuration has them.
         """
-        accumulation = self.config.training.gradient_accumulation_steps
-        batches = [self.data.batch(step, micro_step) for micro_step in range(accumulation)]
-        # One small reduction serves two questions before the step: how to scale the loss, and whether every rank
-        # knows of a publication, so that hooks run at the same step on all of them.
-        label_tokens, settled = self.ranks.sum(sum(batch.label_tokens for batch in batches), is_settled)
         # FSDP averages gradients over the ranks, so a sum over all tokens needs the world size back.
         scale = self.ranks.world_size / max(1, label_tokens)
         loss_sum = torch.zeros((), device=self.ranks.device)
         for micro_step, batch in enumerate(batches):
-            parallel.set_gradient_sync(self.model, last_micro_step=micro_step == accumulation - 1)
+            parallel.set_gradient_sync(self.model, last_micro_step=micro_step == len(batches) - 1)
             token_loss, aux_loss = self.loss(batch)
-            (token_loss * scale + aux_loss / accumulation).backward()  # type: ignore[no-untyped-call]
+            (token_loss * scale + aux_loss / len(batches)).backward()  # type: ignore[no-untyped-call]
             loss_sum += token_loss.detach()
         grad_norm = optim.clip_gradients(self.model, self.config.optimizer.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = optim.learning_rate(step, self.total_steps, self.config.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss_sum, int(label_tokens), grad_norm, settled == self.ranks.world_size
+        return loss_sum, grad_norm
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The cross entropy summed over the batch's label tokens, and the weighted auxiliary (router) loss, or 0."""
@@ -182,12 +185,12 @@ class _Window:
 
     def _clear(self) -> None:
         self._loss_sum = torch.zeros((), device=self._trainer.ranks.device)
-        self._label_tokens = 0
+        self._label_tokens = 0.0
         self._steps = 0
         self._steps_s = 0.0
         self._started_s = time.perf_counter()
 
-    def add(self, loss: Tensor, label_tokens: int, step_s: float) -> None:
+    def add(self, loss: Tensor, label_tokens: float, step_s: float) -> None:
         self._loss_sum += loss
         self._label_tokens += label_tokens
         self._steps += 1

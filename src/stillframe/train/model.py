@@ -20,7 +20,6 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 
 import stillframe
@@ -74,8 +73,10 @@ def build_model(config: ModelConfig, *, vocab_size: int, seed: int, compute_dtyp
     if config.path is None:
         model.to(ranks.device)
     else:
-        _materialize(model, ranks.device)
+        model.to_empty(device=ranks.device)
+        model.tie_weights()
         stillframe.load_hf(config.path, model)
+        model.init_weights()  # only what no checkpoint holds, such as rotary frequencies
         if (Path(config.path) / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(config.path)
     return model.train()
@@ -126,21 +127,6 @@ def _mapping_of(model_config: PreTrainedConfig) -> Any:
         if type(model_config) in mapping:
             return mapping
     raise OptionError(f"model: model_type {model_config.model_type!r} has no causal language model in Transformers")
-
-
-def _materialize(model: PreTrainedModel, device: torch.device) -> None:
-    """Allocate a meta model on `device` and compute the buffers that no checkpoint holds, such as rotary frequencies.
-
-    As `from_pretrained` does it: what the checkpoint holds is marked initialized, Transformers initializes the rest.
-    Source: `PreTrainedModel._initialize_missing_keys` in transformers/modeling_utils.py.
-    """
-    model.to_empty(device=device)
-    model.tie_weights()
-    stored = set(model.state_dict())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name in stored:
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-    model.initialize_weights()
 
 
 def _require_directory(directory: str | None, name: str) -> None:

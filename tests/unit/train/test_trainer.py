@@ -49,12 +49,12 @@ def take_steps(work_dir: Path, sections: Sections, steps: int) -> Trained:
     trainer.optimizer.register_step_pre_hook(keep_grads)
     losses, norms, own_label_tokens = [], [], []
     for step in range(1, steps + 1):
-        loss_sum, label_tokens, grad_norm, settled = trainer.train_step(step)
-        assert not settled
+        batches = trainer.batches(step)
+        own_label_tokens.append(sum(batch.label_tokens for batch in batches))
+        (label_tokens,) = ranks.sum(own_label_tokens[-1])
+        loss_sum, grad_norm = trainer.train_step(step, batches, label_tokens)
         losses.append(ranks.sum(loss_sum.item())[0] / label_tokens)
         norms.append(grad_norm.item())
-        accumulation = trainer.config.training.gradient_accumulation_steps
-        own_label_tokens.append(sum(trainer.data.batch(step, m).label_tokens for m in range(accumulation)))
     dtypes = {parameter.dtype for parameter in trainer.model.parameters()}
     return Trained(initial_weights, grads[0], own_label_tokens, losses, norms, dtypes)
 
@@ -123,8 +123,9 @@ def start_from_directory(work_dir: Path, model_dir: Path) -> Trained:
     trainer = Trainer(material.parse_config(table, source="test"), parallel.start_ranks("cpu"))
     options = StateDictOptions(full_state_dict=True)
     weights = {name: t.clone() for name, t in get_model_state_dict(trainer.model, options=options).items()}
-    loss_sum, label_tokens, grad_norm, _ = trainer.train_step(1)
-    return Trained(weights, {}, [], [loss_sum.item() / label_tokens], [grad_norm.item()], set())
+    batches = trainer.batches(1)
+    loss_sum, grad_norm = trainer.train_step(1, batches, batches[0].label_tokens)
+    return Trained(weights, {}, [], [loss_sum.item()], [grad_norm.item()], set())
 
 
 @pytest.mark.parametrize("model", [{}, MOE], ids=["tied dense", "mixture of experts"])
@@ -132,10 +133,11 @@ def test_starting_from_a_directory_loads_its_weights(tmp_path: Path, model: Sect
     trainer = Trainer(material.config(tmp_path, **model), parallel.start_ranks("cpu"))
     trainer.model.save_pretrained(tmp_path / "model")
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    loss_sum, label_tokens, grad_norm, _ = trainer.train_step(1)
+    batches = trainer.batches(1)
+    loss_sum, grad_norm = trainer.train_step(1, batches, batches[0].label_tokens)
 
     alone = start_from_directory(tmp_path, tmp_path / "model")
-    assert alone.losses == pytest.approx([loss_sum.item() / label_tokens], rel=1e-6)
+    assert alone.losses == pytest.approx([loss_sum.item()], rel=1e-6)
     assert alone.grad_norms == pytest.approx([grad_norm.item()], rel=1e-6)
     assert all(torch.equal(alone.initial_weights[name], weight) for name, weight in weights.items())
     for result in run_ranks(2, start_from_directory, tmp_path, tmp_path / "model"):
