@@ -28,7 +28,7 @@ from stillframe.commit.failure import Failure, in_words
 from stillframe.commit.store import BoundedStore, within
 from stillframe.errors import RunDirectoryError, SaveFailed, SaveTimeout, StillframeError
 
-_CONNECT_TIMEOUT_S = 120.0
+_LONGEST_CONNECT_S = 120.0
 _LONGEST_ANSWER_S = 60.0
 _SHORTEST_ANSWER_S = 5.0
 
@@ -66,12 +66,15 @@ def meet(run_dir: Path, *, store_host: str | None, timeout_s: float) -> Rendezvo
         return Rendezvous(rank=0, world_size=1, nonce=secrets.token_hex(8), store=store)
     first = BoundedStore(_get_default_store(), remote=True, answer_timeout_s=answer_timeout_s)
     introduction = _Introduction(first, dist.get_rank(), dist.get_world_size(), run_dir, timeout_s)
+    connect_timeout_s = min(_LONGEST_CONNECT_S, timeout_s)
     if introduction.rank == 0:
-        return _host(introduction, store_host, answer_timeout_s)
-    return _join(introduction, answer_timeout_s)
+        return _host(introduction, store_host, connect_timeout_s, answer_timeout_s)
+    return _join(introduction, connect_timeout_s, answer_timeout_s)
 
 
-def _host(introduction: _Introduction, store_host: str | None, answer_timeout_s: float) -> Rendezvous:
+def _host(
+    introduction: _Introduction, store_host: str | None, connect_timeout_s: float, answer_timeout_s: float
+) -> Rendezvous:
     """Rank 0's part of `meet`."""
     nonce = secrets.token_hex(8)
     with introduction.telling_all("offer"):
@@ -81,7 +84,8 @@ def _host(introduction: _Introduction, store_host: str | None, answer_timeout_s:
         listener = _listen("127.0.0.1" if one_host else store_host)
         host, port = listener.getsockname()[:2]
         # The store's own process cannot be silent while it waits for an answer.
-        store = BoundedStore(_tcp_store(host, port, listener), remote=False, answer_timeout_s=answer_timeout_s)
+        served = _tcp_store(host, port, listener, connect_timeout_s)
+        store = BoundedStore(served, remote=False, answer_timeout_s=answer_timeout_s)
         introduction.announce("offer", {"host": host, "port": port, "nonce": nonce})
     with introduction.telling_all("start"):
         try:
@@ -95,7 +99,7 @@ def _host(introduction: _Introduction, store_host: str | None, answer_timeout_s:
     return Rendezvous(rank=0, world_size=introduction.world_size, nonce=nonce, store=store)
 
 
-def _join(introduction: _Introduction, answer_timeout_s: float) -> Rendezvous:
+def _join(introduction: _Introduction, connect_timeout_s: float, answer_timeout_s: float) -> Rendezvous:
     """The part of the other ranks."""
     introduction.report("identity", _network_identity())
     offer = introduction.hear("offer")
@@ -103,7 +107,9 @@ def _join(introduction: _Introduction, answer_timeout_s: float) -> Rendezvous:
     connected: TCPStore | None = None
     failure: Failure | None = None
     try:
-        connected = within(_CONNECT_TIMEOUT_S + answer_timeout_s, lambda: _tcp_store(host, port, None))
+        connected = within(
+            connect_timeout_s + answer_timeout_s, lambda: _tcp_store(host, port, None, connect_timeout_s)
+        )
     except (ConnectionError, TimeoutError, RuntimeError) as error:
         reason = (
             f"rank {introduction.rank} cannot reach rank 0's store at {host}:{port} ({error}); "
@@ -233,9 +239,9 @@ def _listen(host: str | None) -> socket.socket:
     )
 
 
-def _tcp_store(host: str, port: int, listener: socket.socket | None) -> TCPStore:
+def _tcp_store(host: str, port: int, listener: socket.socket | None, timeout_s: float) -> TCPStore:
     """A client of the store at `host:port`; with `listener`, the store itself (which takes the socket over)."""
-    timeout = timedelta(seconds=_CONNECT_TIMEOUT_S)
+    timeout = timedelta(seconds=timeout_s)
     if listener is None:
         return TCPStore(host, port, None, False, timeout=timeout, wait_for_workers=False)
     return TCPStore(host, port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach())
