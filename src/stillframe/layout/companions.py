@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from stillframe.errors import UnsupportedModel
+from stillframe.layout.keys import unsharded_classes
 from stillframe.records import InlineFile
 
 
@@ -26,15 +27,16 @@ def render_config(model: PreTrainedModel) -> tuple[InlineFile, ...]:
     """
 
     def save(directory: str) -> None:
-        config = copy.deepcopy(model.config)
-        config.dtype = str(model.dtype).removeprefix("torch.")
-        config.architectures = [type(model).__name__.removeprefix("FSDP")]
-        if model.is_remote_code():
-            remote_config: Any = config  # annotated as a dict, but transformers passes the config itself
-            custom_object_save(model, directory, config=remote_config)
-        config.save_pretrained(directory)
-        if model.can_generate():
-            model.generation_config.save_pretrained(directory)
+        with unsharded_classes(model):
+            config = copy.deepcopy(model.config)
+            config.dtype = str(model.dtype).removeprefix("torch.")
+            config.architectures = [type(model).__name__]
+            if model.is_remote_code():
+                remote_config: Any = config  # annotated as a dict, but transformers passes the config itself
+                custom_object_save(model, directory, config=remote_config)
+            config.save_pretrained(directory)
+            if model.can_generate():
+                model.generation_config.save_pretrained(directory)
 
     return _render(save, f"the config of {type(model).__name__}")
 
