@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import site
 import socket
 import subprocess
 import sys
@@ -264,7 +265,7 @@ class WriterClient:
         deadline = time.monotonic() + timeout_s
         if self._sending.acquire(timeout=timeout_s):
             try:
-                self._connection.send({"type": "close"}, timeout_s=timeout_s)
+                self._connection.send({"type": "close"}, timeout_s=max(0.0, deadline - time.monotonic()))
             except (PeerGone, TimeoutError):
                 pass  # it has ended, or it hangs: what follows sees to both
             finally:
@@ -294,9 +295,7 @@ class WriterClient:
 
 def _start(python: str, socket_fd: int) -> subprocess.Popen[bytes]:
     """Start the process by exec. It gets `socket_fd` and standard error, and no other descriptor of ours."""
-    package_root = str(Path(stillframe.__file__).parent.parent)
-    path = os.environ.get("PYTHONPATH")
-    environment = os.environ | {"PYTHONPATH": package_root if not path else f"{package_root}{os.pathsep}{path}"}
+    site_dirs = site.getsitepackages() + ([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])
     return subprocess.Popen(
         [python, "-P", "-m", "stillframe.writer.process", str(socket_fd), str(os.getpid())],
         stdin=subprocess.DEVNULL,
@@ -304,8 +303,18 @@ def _start(python: str, socket_fd: int) -> subprocess.Popen[bytes]:
         pass_fds=(socket_fd,),
         # A session of its own: signals to the trainer's process group (Ctrl-C, a launcher's SIGTERM) do not reach it.
         start_new_session=True,
-        env=environment,
+        env=_environment(Path(stillframe.__file__).parent.parent, site_dirs),
     )
+
+
+def _environment(package_root: Path, site_dirs: list[str]) -> dict[str, str]:
+    """This process's environment, in which Python finds the same stillframe as we do, however we found it."""
+    environment = dict(os.environ)
+    # A directory of installed packages is left where Python puts it: on PYTHONPATH it would come before the standard
+    # library, and an old backport in it (of pathlib, say) would take the place of the real module.
+    if package_root not in (Path(directory) for directory in site_dirs):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package_root), environment.get("PYTHONPATH")]))
+    return environment
 
 
 def _hang_up(connection: Connection, owner_pid: int) -> None:

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 
 from stillframe.records import Extent, FileShare, WritePlan
-from stillframe.writer.client import WriterClient, WriterError
+from stillframe.writer.client import WriterClient, WriterError, _environment
 from stillframe.writer.messages import decode_receipt
 from tests.unit.writer.saves import (
     Scenario,
@@ -276,6 +276,15 @@ def test_the_process_imports_neither_torch_nor_numpy() -> None:
     code = "import stillframe.writer.process, sys; print(sorted({'torch', 'numpy', 'safetensors'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_process_finds_the_same_package_but_its_backports_hide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert _environment(Path("/checkout/src"), ["/lib/site-packages"])["PYTHONPATH"] == "/checkout/src"
+    assert "PYTHONPATH" not in _environment(Path("/lib/site-packages"), ["/lib/site-packages"])
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    assert _environment(Path("/checkout/src"), ["/lib/site-packages"])["PYTHONPATH"] == "/checkout/src:/mine"
+    assert _environment(Path("/lib/site-packages"), ["/lib/site-packages"])["PYTHONPATH"] == "/mine"
 
 
 def test_an_interrupt_means_the_trainer(client: WriterClient, tmp_path: Path) -> None:
