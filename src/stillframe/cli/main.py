@@ -27,10 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.command(arguments)
-    except USER_ERRORS as error:
-        _report(f"stillframe {arguments.name}: error: {error}")
-        return 2
-    except KeyboardInterrupt:
+    except (*USER_ERRORS, KeyboardInterrupt) as error:
+        # As the interpreter does for an exception that it reports itself: what runs at exit then knows that the process
+        # ends because of one. A Checkpointer does not wait for its save in flight then.
+        sys.last_value = error
+        if not isinstance(error, KeyboardInterrupt):
+            _report(f"stillframe {arguments.name}: error: {error}")
+            return 2
         if _local_rank() == 0:
             sys.stderr.write(f"stillframe {arguments.name}: interrupted\n")
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,12 @@ import stillframe
 from stillframe.cli import main as cli
 from stillframe.cli.listing import format_size
 from stillframe.testing import models
+
+
+@pytest.fixture(autouse=True)
+def _last_value_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line sets it when it reports an error; this process goes on."""
+    monkeypatch.setattr(sys, "last_value", None, raising=False)
 
 
 def status_of(*arguments: str) -> int:
