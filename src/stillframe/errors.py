@@ -78,6 +78,16 @@ class SaveFailed(StillframeError):
         self.stage = stage
         self.path = path
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions are otherwise rebuilt from their message alone, which fails in whatever process unpickles them.
+        return _rebuilt, (type(self), self.reason, self.step, self.rank, self.stage, self.path)
+
+
+def _rebuilt(
+    cls: type[SaveFailed], reason: str, step: int | None, rank: int | None, stage: str, path: Path
+) -> SaveFailed:
+    return cls(reason, step=step, rank=rank, stage=stage, path=path)
+
 
 class CheckpointExists(SaveFailed):
     """That step is already published, and overwriting was not asked for."""

@@ -6,8 +6,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from stillframe.errors import UnsupportedModel
 from stillframe.layout.companions import render_companion, render_config
 from stillframe.layout.huggingface import plan_huggingface
+from stillframe.names import MANIFEST_NAME, WORK_DIR_NAME
 from stillframe.records import InlineFile, Layout
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.copy import Snapshotter, Watched
@@ -42,8 +44,10 @@ class Export:
         self._plans = 0
         self._arena: Arena | None = None
         self._writer: WriterClient | None = None
+        self._snapshotter: Snapshotter | None = None
         try:
             self._prepare()
+            self._refuse_taken_names()
         except BaseException:
             self.close()
             raise
@@ -64,7 +68,7 @@ class Export:
     @property
     def staged_bytes(self) -> int:
         """This rank's bytes of a snapshot."""
-        return self._snapshotter.staged_bytes
+        return self._staged_bytes
 
     def snapshot(self) -> tuple[InlineFile, ...]:
         """Copy this rank's share into the arena, and return the files that rank 0 writes beside (others: none).
@@ -74,6 +78,7 @@ class Export:
         self._watched.reshard()
         if not self._watched.unchanged() or not self.writer.alive:
             self._prepare()
+        assert self._snapshotter is not None, "an Export that was made has one until it is closed"
         self._snapshotter.copy()
         if self._rank != 0:
             return ()
@@ -82,10 +87,24 @@ class Export:
 
     def close(self) -> None:
         """End the writer process and free the arena; waits for neither longer than the writer's own bounds."""
-        if self._writer is not None:
-            self._writer.close()
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        finally:
+            self._free_arena()
+
+    def _free_arena(self) -> None:
+        self._snapshotter = None  # it holds views of the arena, which keep the memory
         if self._arena is not None:
             self._arena.close()
+            self._arena = None
+
+    def _refuse_taken_names(self) -> None:
+        """Raise UnsupportedModel if a tokenizer's or processor's file has the name of one that stillframe writes."""
+        taken = {MANIFEST_NAME, *(f.name for f in self._layout.files), *(f.name for f in self._layout.inline_files)}
+        for file in self._companion_files:
+            if file.name in taken or file.name.partition("/")[0] == WORK_DIR_NAME:
+                raise UnsupportedModel(f"the tokenizer or processor saves a file {file.name!r}, a name that is taken")
 
     def _prepare(self) -> None:
         plan = plan_huggingface(
@@ -97,8 +116,7 @@ class Export:
         )
         share = plan.share
         if self._arena is None or self._arena.size_bytes < share.plan.arena_bytes:
-            if self._arena is not None:
-                self._arena.close()
+            self._free_arena()
             self._arena = Arena(share.plan.arena_bytes)
         if self._writer is None or not self._writer.alive:
             if self._writer is not None:
@@ -106,6 +124,7 @@ class Export:
             self._writer = WriterClient()
         self._writer.set_plan(share.plan, self._arena.fd)
         self._snapshotter = Snapshotter(plan.tensors, share.copies, share.envelopes, self._arena)
+        self._staged_bytes = self._snapshotter.staged_bytes
         self._watched = Watched(self._model, plan.tensors)
         self._layout = plan.layout
         self._plans += 1

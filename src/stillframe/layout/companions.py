@@ -43,7 +43,7 @@ def render_config(model: PreTrainedModel) -> tuple[InlineFile, ...]:
 
 def render_companion(companion: Any) -> tuple[InlineFile, ...]:
     """The files that `save_pretrained` of a tokenizer or processor writes. Raises UnsupportedModel if it fails."""
-    return _render(companion.save_pretrained, f"the {type(companion).__name__}")
+    return _render(lambda directory: companion.save_pretrained(directory), f"the {type(companion).__name__}")
 
 
 def _render(save: Callable[[str], Any], what: str) -> tuple[InlineFile, ...]:

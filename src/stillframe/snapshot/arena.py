@@ -23,17 +23,18 @@ class Arena:
         try:
             os.ftruncate(self.fd, self.size_bytes)
             # Populating now takes the page faults (and any lack of memory) here, not in the first save.
-            self._map = mmap.mmap(self.fd, self.size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            mapped = mmap.mmap(self.fd, self.size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError as error:
             os.close(self.fd)
             raise StillframeError(
                 f"cannot allocate {self.size_bytes} bytes of shared memory for this rank's snapshot: {error.strerror}"
             ) from error
-        self.bytes: torch.Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
-        """The whole arena as a flat uint8 tensor."""
+        self.bytes: torch.Tensor = torch.frombuffer(mapped, dtype=torch.uint8)
+        """The whole arena as a flat uint8 tensor; empty once it is closed."""
 
     def close(self) -> None:
         """Give the descriptor back. The mapping goes with its last view; the memory when the writer lets go too."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+            self.bytes = torch.empty(0, dtype=torch.uint8)

@@ -1,0 +1,298 @@
+"""Bad input to the constructor: one clear error that names the thing, on every rank alike, and nothing left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import resource
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import stillframe
+from stillframe.errors import (
+    OptionError,
+    RunDirectoryError,
+    SaveFailed,
+    StillframeError,
+    UnsupportedModel,
+    UnsupportedPlacement,
+)
+from stillframe.testing import run_process, run_ranks
+from stillframe.testing.models import tiny_qwen3, tiny_tokenizer
+from tests.multirank.footprint import footprint, grown, listing
+
+CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def this_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class BrokenTokenizer:
+    """Fails to save itself, as one does whose vocabulary file is gone."""
+
+    def save_pretrained(self, directory: str) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "vocab.json")
+
+
+class TokenizerThatWrites:
+    """Writes one file, of a name of our choice."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def save_pretrained(self, directory: str) -> None:
+        path = Path(directory) / self.name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+
+
+def on_meta() -> Any:
+    with torch.device("meta"):
+        return tiny_qwen3()
+
+
+def with_attribute(name: str, value: object) -> Any:
+    model = tiny_qwen3()
+    setattr(model, name, value)
+    return model
+
+
+def with_bad_generation_config() -> Any:
+    model = tiny_qwen3()
+    model.generation_config.do_sample = False
+    model.generation_config.temperature = 0.5  # means nothing without sampling, so that transformers refuses to save it
+    return model
+
+
+def strided_twice() -> Any:
+    model = tiny_qwen3()
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
+    placements = [_StridedShard(0, split_factor=2), _StridedShard(0, split_factor=2)]
+    norm = model.model.norm
+    shard = norm.weight.detach().chunk(2)[this_rank()]
+    norm.weight = nn.Parameter(DTensor.from_local(shard, mesh, placements, run_check=False))
+    return model
+
+
+@contextmanager
+def small_files(rank: int) -> Any:
+    """This rank may make no file of more than 100,000 bytes, shared memory included."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if this_rank() == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def no_python(rank: int) -> Any:
+    """A Python started from this rank does not find its standard library, and ends at once."""
+    if this_rank() == rank:
+        os.environ["PYTHONHOME"] = "/nonexistent"
+    yield
+    os.environ.pop("PYTHONHOME", None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One bad input: how a rank gets it, and what all ranks must raise."""
+
+    name: str
+    cls: type[Exception]
+    said: str
+    model: Callable[[], Any] = tiny_qwen3
+    arguments: Callable[[], dict[str, Any]] = dict
+    run_dir: str = "run"
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def only_rank(rank: int, bad: Callable[[], Any], good: Callable[[], Any] = tiny_qwen3) -> Callable[[], Any]:
+    return lambda: bad() if this_rank() == rank else good()
+
+
+CASES = [
+    Case("parent is a file", RunDirectoryError, "cannot create the run directory .*/file/run: ", run_dir="file/run"),
+    Case("run directory is a file", RunDirectoryError, "cannot create the run directory .*/file: ", run_dir="file"),
+    Case("read-only", RunDirectoryError, "cannot .* run directory .*/read-only: Read-only file", run_dir="read-only"),
+    Case("name too long", RunDirectoryError, "cannot create .*: File name too long", run_dir="x" * 300),
+    Case(
+        "no transformers model",
+        UnsupportedModel,
+        "Linear is not a transformers PreTrainedModel",
+        lambda: nn.Linear(2, 2),
+    ),
+    Case("no model", UnsupportedModel, "NoneType is not a transformers PreTrainedModel", lambda: None),
+    Case("meta device", UnsupportedModel, r"Qwen3ForCausalLM: \d+ parameters have no values yet .*such as ", on_meta),
+    Case("meta device on rank 1", UnsupportedModel, "parameters have no values yet", only_rank(1, on_meta)),
+    Case("quantized", UnsupportedModel, "is quantized", lambda: with_attribute("hf_quantizer", object())),
+    Case("adapters", UnsupportedModel, "carries PEFT adapters", lambda: with_attribute("_hf_peft_config_loaded", True)),
+    Case(
+        "offloaded", UnsupportedModel, "offloaded modules", lambda: with_attribute("hf_device_map", {"model": "disk"})
+    ),
+    Case(
+        "generation config",
+        UnsupportedModel,
+        "the config of Qwen3ForCausalLM cannot be saved",
+        with_bad_generation_config,
+    ),
+    Case(
+        "strided twice", UnsupportedPlacement, r"model\.norm\.weight: two _StridedShard on dimension 0", strided_twice
+    ),
+    Case(
+        "other model on rank 1",
+        SaveFailed,
+        "rank 1 has another layout than rank 0",
+        only_rank(1, lambda: tiny_qwen3(tied=False)),
+    ),
+    Case(
+        "other dtype on rank 1",
+        SaveFailed,
+        "rank 1 has another layout",
+        only_rank(1, lambda: tiny_qwen3(dtype=torch.bfloat16)),
+    ),
+    Case(
+        "tokenizer fails",
+        UnsupportedModel,
+        "the BrokenTokenizer cannot be saved: FileNotFoundError: .*vocab.json",
+        arguments=lambda: {"tokenizer": BrokenTokenizer()},
+    ),
+    Case(
+        "tokenizer fails on rank 0",
+        UnsupportedModel,
+        "the BrokenTokenizer cannot be saved",
+        arguments=lambda: {"tokenizer": BrokenTokenizer() if this_rank() == 0 else tiny_tokenizer()},
+    ),
+    Case(
+        "tokenizer is a path", UnsupportedModel, "the str cannot be saved", arguments=lambda: {"tokenizer": "/some/dir"}
+    ),
+    Case(
+        "tokenizer takes a weights file's name",
+        UnsupportedModel,
+        "saves a file 'model.safetensors",
+        arguments=lambda: {"tokenizer": TokenizerThatWrites("model.safetensors")},
+    ),
+    Case(
+        "tokenizer takes the manifest's name",
+        UnsupportedModel,
+        "saves a file 'stillframe.json",
+        arguments=lambda: {"tokenizer": TokenizerThatWrites("stillframe.json")},
+    ),
+    Case(
+        "tokenizer takes the work directory's name",
+        UnsupportedModel,
+        "saves a file '.stillframe/",
+        arguments=lambda: {"tokenizer": TokenizerThatWrites(".stillframe/receipt-00000.json")},
+    ),
+    Case(
+        "no memory on rank 1",
+        StillframeError,
+        r"cannot allocate \d+ bytes of shared memory for this rank's snapshot: File too",
+        around=lambda: small_files(1),
+    ),
+    Case("no writer on rank 1", SaveFailed, "writer process .* ended with status 1", around=lambda: no_python(1)),
+    Case("no writer on rank 0", SaveFailed, "writer process .* ended with status 1", around=lambda: no_python(0)),
+    Case(
+        "no such shard size",
+        OptionError,
+        "max_shard_size must be .*'5 gigs'",
+        arguments=lambda: {"max_shard_size": "5 gigs"},
+    ),
+    Case("nothing kept", OptionError, "hf_max_keep must be .*not 0", arguments=lambda: {"hf_max_keep": 0}),
+    Case("no time", OptionError, "save_timeout_s must be .*not 0", arguments=lambda: {"save_timeout_s": 0}),
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    error: Exception | None
+    left: dict[str, int]
+    files: list[str]
+
+
+def go_through(base_dir: Path, cases: list[int]) -> list[Outcome]:
+    """Each case on this rank, one after the other; at the end everything must still work."""
+    with stillframe.Checkpointer(base_dir / "first", model=tiny_qwen3()):
+        pass  # what is loaded or started once stays
+    outcomes = []
+    for case in (CASES[index] for index in cases):
+        model, arguments = case.model(), case.arguments()
+        before = footprint()
+        error: Exception | None = None
+        with case.around():
+            try:
+                options = {"save_timeout_s": 60.0} | arguments
+                stillframe.Checkpointer(base_dir / case.run_dir, model=model, **options).close()
+            except Exception as caught:  # noqa: BLE001  # it is the outcome
+                error = caught.with_traceback(None)
+        barrier()
+        outcomes.append(Outcome(error, grown(before), listing(base_dir / case.run_dir)))
+        barrier()
+    with stillframe.Checkpointer(base_dir / "run", model=tiny_qwen3()) as ckpt:
+        ckpt.save_hf(1)
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory, mount_tmpfs: Callable[[str], Path]) -> Path:
+    """Where the run directories of the cases are: one of them a file, one a file system that cannot be written."""
+    directory = tmp_path_factory.mktemp("start")
+    (directory / "file").write_text("mine")
+    (directory / "read-only").symlink_to(mount_tmpfs("ro"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(base_dir: Path) -> list[list[Outcome]]:
+    return run_ranks(2, go_through, base_dir, list(range(len(CASES))))
+
+
+def check(case: Case, outcome: Outcome) -> None:
+    error = outcome.error
+    assert type(error) is case.cls, error
+    assert re.search(case.said, str(error)), error
+    assert outcome.left == {}, outcome.left
+    assert outcome.files == []
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[case.name for case in CASES])
+def test_bad_input_is_one_error_on_every_rank_and_leaves_nothing(
+    on_two_ranks: list[list[Outcome]], base_dir: Path, index: int
+) -> None:
+    for outcomes in on_two_ranks:
+        check(CASES[index], outcomes[index])
+    assert (base_dir / "file").read_text() == "mine"
+
+
+ALONE_NAMES = ("parent is a file", "read-only", "meta device", "tokenizer fails", "nothing kept")
+ALONE = [index for index, case in enumerate(CASES) if case.name in ALONE_NAMES]
+
+
+@pytest.fixture(scope="module")
+def alone(base_dir: Path) -> list[Outcome]:
+    shutil.rmtree(base_dir / "run", ignore_errors=True)
+    return run_process(go_through, base_dir, ALONE)
+
+
+@pytest.mark.parametrize("index", ALONE, ids=[CASES[index].name for index in ALONE])
+def test_bad_input_to_a_single_process_is_the_same_error(alone: list[Outcome], index: int) -> None:
+    check(CASES[index], alone[ALONE.index(index)])
