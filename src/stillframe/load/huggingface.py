@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -82,7 +81,7 @@ def load_hf(directory: str | os.PathLike[str], model: nn.Module, *, strict: bool
 
 
 def _ready_model(model: nn.Module) -> PreTrainedModel:
-    """The Transformers model inside, with FSDP parameters in their sharded state, able to take values."""
+    """The Transformers model inside, of a kind whose weights can be replaced."""
     if isinstance(model, DistributedDataParallel):
         model = model.module
     if not isinstance(model, PreTrainedModel):
@@ -94,14 +93,11 @@ def _ready_model(model: nn.Module) -> PreTrainedModel:
         raise UnsupportedModel(f"{type(model).__name__} is quantized; load the weights before it is quantized")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModel(f"{type(model).__name__} carries PEFT adapters; load the weights before adding them")
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # a forward without a backward (evaluation) leaves parameters gathered
     return model
 
 
 def _plan(directory: Path, files: Sequence[WeightFile], model: PreTrainedModel, strict: bool) -> tuple[Match, Reader]:
-    state = model.state_dict(keep_vars=True)
+    state = model.state_dict(keep_vars=True)  # also shards what an evaluation left gathered by FSDP
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if strange:
         raise UnsupportedModel(f"{type(model).__name__}: not tensors, so not in safetensors files: {listed(strange)}")

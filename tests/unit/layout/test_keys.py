@@ -178,6 +178,13 @@ def test_a_large_transposed_tensor_is_refused_before_it_fills_the_memory() -> No
         save_keys(model, runtime_tensors(model))
 
 
+def test_a_large_join_that_is_transposed_is_refused_before_it_fills_the_memory() -> None:
+    tracer = Tracer({"a": torch.empty(4000, 4000, device="meta")})
+    output = tracer.run(lambda tensors: {"joined": torch.cat([tensors["a"], tensors["a"]]).t()})["joined"]
+    with pytest.raises(UnsupportedModel, match=r"joined is a transposed tensor, of shape \(4000, 8000\)"):
+        tracer.runs_of("joined", output)
+
+
 JOINS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "cat first": lambda a, b: torch.cat([a, b]),
     "cat middle, by keyword": lambda a, b: torch.cat(tensors=[a, b, a], dim=1),

@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, conversion_mapping
-from transformers.core_model_loading import PermuteForRope, WeightConverter
+from transformers.core_model_loading import Chunk, PermuteForRope, WeightConverter
 
 import stillframe
 from stillframe.errors import CorruptCheckpoint, ModelMismatch, NotACheckpoint, UnsupportedModel
+from stillframe.load.keys import Permutation, load_keys
+from stillframe.load.safetensors import StoredTensor
 from stillframe.testing.models import tiny_batch, tiny_qwen3, tiny_qwen3_moe, tiny_qwen3_vl_moe
 
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {
@@ -140,6 +142,18 @@ def test_experts_that_are_transposed_on_the_hub_are_loaded_as_from_pretrained_lo
     report = stillframe.load_hf(tmp_path, model)
     assert_same(values(model), values(type(saved).from_pretrained(tmp_path, dtype=dtype).train()))
     assert report.bytes_read == saved_bytes(saved)
+
+
+def test_large_transposed_experts_are_one_run_each_not_one_per_element() -> None:
+    with torch.device("meta"):
+        model = tiny_qwen3_vl_moe()
+        experts = model.model.language_model.layers[0].mlp.experts
+        experts.gate_up_proj = nn.Parameter(torch.empty(128, 1536, 2048))
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    stored = StoredTensor(name=name, dtype=torch.bfloat16, shape=(128, 2048, 1536), file_offset=0, length_bytes=0)
+    keys = load_keys(model, model.state_dict(keep_vars=True), {name: stored})
+    (source,) = (keys.sources[index] for index in keys.tensors[name].source.tolist())
+    assert source.permutation == Permutation(offset=0, shape=(128, 1536, 2048), stride=(2048 * 1536, 1, 1536))
 
 
 @pytest.mark.parametrize(
@@ -425,6 +439,47 @@ def _registered(converter: WeightConverter) -> Iterator[None]:
     finally:
         conversion_mapping._checkpoint_conversion_mapping_cache.pop("qwen3")
         conversion_mapping.USER_REGISTERED_MAPPINGS.discard("qwen3")
+
+
+def test_a_tensor_that_is_stored_alone_and_as_a_part_of_another_is_refused(tmp_path: Path) -> None:
+    saved = tiny_qwen3(seed=1)
+    saved.save_pretrained(tmp_path)
+
+    def join(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in range(3):
+            prefix = f"model.layers.{layer}.self_attn"
+            key = tensors.pop(f"{prefix}.k_proj.weight")
+            tensors[f"{prefix}.kv_proj.weight"] = torch.cat([key, tensors.pop(f"{prefix}.v_proj.weight")])
+
+    edit(tmp_path, join)
+    chunk = WeightConverter(
+        source_patterns="self_attn.kv_proj",
+        target_patterns=["self_attn.k_proj", "self_attn.v_proj"],
+        operations=[Chunk(dim=0)],
+    )
+    with _registered(chunk):
+        model = tiny_qwen3(seed=2)
+        stillframe.load_hf(tmp_path, model)
+        assert_same(values(model), values(saved))
+        edit(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.v_proj.weight": torch.zeros(32, 56)}))
+        with unchanged(model), pytest.raises(ModelMismatch, match=r"v_proj\.weight more than one group of stored keys"):
+            stillframe.load_hf(tmp_path, model)
+
+
+def test_a_name_that_only_looks_like_an_old_one_is_not_renamed(tmp_path: Path) -> None:
+    class Old(nn.Module):
+        """Transformers renames LayerNorm.gamma, of TensorFlow's days, to LayerNorm.weight; unless the model has it."""
+
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.full((3,), value))
+
+    saved, model = tiny_qwen3(seed=1), tiny_qwen3(seed=2)
+    for one, value in ((saved, 1.0), (model, 2.0)):
+        one.model.LayerNorm = Old(value)
+    saved.save_pretrained(tmp_path)
+    stillframe.load_hf(tmp_path, model)
+    assert_same(values(model), values(saved))
 
 
 def test_modules_that_are_no_transformers_model_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,6 +102,36 @@ def test_a_stretch_with_more_places_than_one_call_can_fill(tmp_path: Path) -> No
     assert torch.equal(flat, values.flip(0))
 
 
+def test_neighbours_in_the_file_of_different_dtypes_are_told_apart(files: tuple[WeightFile, ...]) -> None:
+    rows = [(0, 0, 90, 10), (10, 1, 0, 60), (70, 2, 0, 40), (110, 3, 0, 64)]
+    flat = torch.zeros(174)
+    Reader(files, sources(*FLOATING)).fill(flat, Runs.of(rows))
+    assert torch.equal(flat, expected(FLOATING, rows, torch.zeros(174)))
+
+
+def test_runs_that_alternate_between_files_are_read_in_one_go_from_each(tmp_path: Path) -> None:
+    size = 1000
+    names = ("model-1.safetensors", "model-2.safetensors")
+    for index, name in enumerate(names):
+        save_file({f"t{index}": torch.arange(size) * 2 + index}, tmp_path / name)
+    weight_map = {"t0": names[0], "t1": names[1]}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    flat = torch.zeros(2 * size, dtype=torch.int64)
+    runs = Runs.of([(2 * i + s, s, i, 1) for i in range(size) for s in range(2)])
+    with open_weights(tmp_path) as opened:
+        reader = Reader(opened, sources("t0", "t1"))
+        before = _calls_to_read()
+        reader.fill(flat, runs)
+        calls = _calls_to_read() - before
+    assert flat.tolist() == list(range(2 * size))
+    assert 2 <= calls < 20, "two, and those that read the counter"
+
+
+def _calls_to_read() -> int:
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["syscr"])
+
+
 @given(st.lists(st.binary(max_size=5), max_size=6), st.data())
 def test_what_a_short_read_left_is_everything_behind_what_it_got(parts: list[bytes], data: st.DataObject) -> None:
     whole = b"".join(parts)
@@ -143,8 +174,10 @@ def test_of_a_tensor_whose_inner_dimensions_are_swapped_only_the_wanted_slices_a
 def test_a_view_with_gaps_is_read_with_its_gaps_left_out(files: tuple[WeightFile, ...]) -> None:
     every_other = Permutation(offset=1, shape=(3, 2), stride=(20, 2))
     flat = torch.zeros(6, dtype=torch.int16)
-    Reader(files, [Source(key="matrix", permutation=every_other)]).fill(flat, Runs.of([(0, 0, 0, 6)]))
+    reader = Reader(files, [Source(key="matrix", permutation=every_other)])
+    reader.fill(flat, Runs.of([(0, 0, 0, 6)]))
     assert flat.tolist() == [1, 3, 21, 23, 41, 43]
+    assert reader.bytes_read == 3 * 3 * 2, "a row from its first element to its last, in one piece"
 
 
 def test_nothing_to_read_reads_nothing(files: tuple[WeightFile, ...]) -> None:
