@@ -7,6 +7,8 @@ import os
 import re
 import resource
 import shutil
+import subprocess
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from stillframe.errors import (
     OptionError,
     RunDirectoryError,
     SaveFailed,
+    SaveTimeout,
     StillframeError,
     UnsupportedModel,
     UnsupportedPlacement,
@@ -229,10 +232,16 @@ class Outcome:
     files: list[str]
 
 
+def settled_footprint(base_dir: Path) -> Counter[str]:
+    """This process's footprint, when all that is loaded or started once already is."""
+    with stillframe.Checkpointer(base_dir / "first", model=tiny_qwen3()):
+        pass
+    return footprint()
+
+
 def go_through(base_dir: Path, cases: list[int]) -> list[Outcome]:
     """Each case on this rank, one after the other; at the end everything must still work."""
-    with stillframe.Checkpointer(base_dir / "first", model=tiny_qwen3()):
-        pass  # what is loaded or started once stays
+    settled_footprint(base_dir)
     outcomes = []
     for case in (CASES[index] for index in cases):
         model, arguments = case.model(), case.arguments()
@@ -296,3 +305,100 @@ def alone(base_dir: Path) -> list[Outcome]:
 @pytest.mark.parametrize("index", ALONE, ids=[CASES[index].name for index in ALONE])
 def test_bad_input_to_a_single_process_is_the_same_error(alone: list[Outcome], index: int) -> None:
     check(CASES[index], alone[ALONE.index(index)])
+
+
+# Ranks that do not come, or do not see what rank 0 sees
+
+
+@contextmanager
+def expecting(cls: type[Exception], said: str) -> Any:
+    """In a rank: the exception of exactly this class, and words."""
+    with pytest.raises(cls, match=said) as caught:
+        yield
+    assert type(caught.value) is cls
+
+
+def leave_out(run_dir: Path, absent: int) -> dict[str, int]:
+    model = tiny_qwen3()
+    before = footprint()
+    if this_rank() != absent:
+        # Rank 0 alone knows who did not come; where it is rank 0 itself, the others know that.
+        said = f"rank {absent} did not come within 1 s" if absent else r"rank \d waited \d+ s for rank 0"
+        with expecting(SaveTimeout, said):
+            stillframe.Checkpointer(run_dir, model=model, save_timeout_s=1)
+    left = grown(before)
+    dist.barrier()
+    # Next time all come, and nothing is mixed up with the time before.
+    if this_rank() == absent:
+        with expecting(SaveTimeout, "did not come|waited"):
+            stillframe.Checkpointer(run_dir, model=model, save_timeout_s=1)
+    dist.barrier()
+    with stillframe.Checkpointer(run_dir, model=model, save_timeout_s=60) as ckpt:
+        ckpt.save_hf(1)
+    return left
+
+
+@pytest.mark.parametrize(("world_size", "absent"), [(2, 1), (3, 2), (2, 0)])
+def test_a_rank_that_makes_no_checkpointer_is_named(tmp_path: Path, world_size: int, absent: int) -> None:
+    assert run_ranks(world_size, leave_out, tmp_path / "run", absent) == [{}] * world_size
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["hf-1", "hf-latest"]
+
+
+def isolate(flag: int, what: str) -> str | None:
+    """Give this process a namespace of its own; what keeps it from that, if anything does."""
+    if libc.unshare(flag) != 0:
+        return f"{what} cannot be unshared here: {os.strerror(ctypes.get_errno())}"
+    return None
+
+
+def see_another_file_system(run_dir: Path) -> str | None:
+    problem = None
+    if this_rank() == 1:
+        problem = isolate(CLONE_NEWNS, "the mount table")
+        for command in (["mount", "--make-rprivate", "/"], ["mount", "-t", "tmpfs", "none", str(run_dir)]):
+            if problem is None and subprocess.run(command, timeout=30, check=False).returncode != 0:
+                problem = f"{command} is not permitted here"
+    problems: list[str | None] = [None, None]
+    dist.all_gather_object(problems, problem)
+    if problems[1] is not None:
+        return problems[1]
+    model = tiny_qwen3()
+    before = settled_footprint(run_dir.parent)
+    with expecting(RunDirectoryError, "is not the directory that rank 0 sees there; .* that all ranks share"):
+        stillframe.Checkpointer(run_dir, model=model, save_timeout_s=60)
+    left = grown(before)
+    assert left == {}, left
+    assert listing(run_dir) == []
+    return None
+
+
+def test_a_rank_that_sees_another_file_system_is_told_before_anything_is_saved(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for problem in run_ranks(2, see_another_file_system, tmp_path / "run"):
+        if problem is not None:
+            pytest.skip(problem)
+    assert listing(tmp_path / "run") == []
+
+
+def be_out_of_reach(run_dir: Path) -> str | None:
+    problems: list[str | None] = [None, None]
+    model = tiny_qwen3()
+    before = settled_footprint(run_dir.parent)
+    dist.all_gather_object(problems, isolate(CLONE_NEWNET, "the network") if this_rank() == 1 else None)
+    if problems[1] is not None:
+        return problems[1]
+    with expecting(StillframeError, "rank 1 cannot reach rank 0's store at 127.0.0.1:.*; pass store_host"):
+        stillframe.Checkpointer(run_dir, model=model, save_timeout_s=2, store_host="127.0.0.1")
+    with expecting(StillframeError, "rank 0 cannot listen on an address of its own .*198.51.100.1.*; pass store_host"):
+        # An address for documentation (RFC 5737), which no host has.
+        stillframe.Checkpointer(run_dir, model=model, save_timeout_s=60, store_host="198.51.100.1")
+    left = grown(before)
+    assert left == {}, left
+    return None
+
+
+def test_a_rank_that_cannot_reach_the_store_is_named_on_all_ranks(tmp_path: Path) -> None:
+    for problem in run_ranks(2, be_out_of_reach, tmp_path / "run"):
+        if problem is not None:
+            pytest.skip(problem)
+    assert listing(tmp_path / "run") == []

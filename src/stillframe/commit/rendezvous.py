@@ -59,37 +59,58 @@ def meet(run_dir: Path, *, store_host: str | None, timeout_s: float) -> Rendezvo
     host's name. Raises, on every rank alike, RunDirectoryError, StillframeError if a rank cannot reach that address,
     or SaveTimeout naming the ranks that did not call.
     """
-    answer_timeout_s = min(_LONGEST_ANSWER_S, max(_SHORTEST_ANSWER_S, timeout_s))
     if not (dist.is_available() and dist.is_initialized()):
         _create(run_dir)
-        store = BoundedStore(HashStore(), remote=False, answer_timeout_s=answer_timeout_s)
+        store = BoundedStore(HashStore(), remote=False, answer_timeout_s=_LONGEST_ANSWER_S)
         return Rendezvous(rank=0, world_size=1, nonce=secrets.token_hex(8), store=store)
-    first = BoundedStore(_get_default_store(), remote=True, answer_timeout_s=answer_timeout_s)
-    introduction = _Introduction(first, dist.get_rank(), dist.get_world_size(), run_dir, timeout_s)
-    connect_timeout_s = min(_LONGEST_CONNECT_S, timeout_s)
-    if introduction.rank == 0:
-        return _host(introduction, store_host, connect_timeout_s, answer_timeout_s)
-    return _join(introduction, connect_timeout_s, answer_timeout_s)
+    waits = _Waits.within(timeout_s)
+    first = BoundedStore(_get_default_store(), remote=True, answer_timeout_s=waits.answer_s)
+    introduction = _Introduction(first, dist.get_rank(), dist.get_world_size(), run_dir)
+    return _host(introduction, store_host, waits) if introduction.rank == 0 else _join(introduction, waits)
 
 
-def _host(
-    introduction: _Introduction, store_host: str | None, connect_timeout_s: float, answer_timeout_s: float
-) -> Rendezvous:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Waits:
+    """How long the steps of a meeting may take. Each step's bound is beyond what the steps it waits for may take."""
+
+    come_s: float
+    connect_s: float
+    answer_s: float
+
+    @staticmethod
+    def within(timeout_s: float) -> _Waits:
+        answer_s = min(_LONGEST_ANSWER_S, max(_SHORTEST_ANSWER_S, timeout_s))
+        return _Waits(come_s=timeout_s, connect_s=min(_LONGEST_CONNECT_S, timeout_s), answer_s=answer_s)
+
+    @property
+    def offer_s(self) -> float:
+        return self.come_s + self.answer_s
+
+    @property
+    def joined_s(self) -> float:
+        return self.connect_s + 2 * self.answer_s
+
+    @property
+    def start_s(self) -> float:
+        return self.joined_s + self.answer_s
+
+
+def _host(introduction: _Introduction, store_host: str | None, waits: _Waits) -> Rendezvous:
     """Rank 0's part of `meet`."""
     nonce = secrets.token_hex(8)
     with introduction.telling_all("offer"):
-        identities = introduction.collect("identity", _network_identity())
+        identities = introduction.collect("identity", _network_identity(), waits.come_s)
         _create(introduction.run_dir)
         one_host = all(identity == identities[0] for identity in identities)
         listener = _listen("127.0.0.1" if one_host else store_host)
         host, port = listener.getsockname()[:2]
         # The store's own process cannot be silent while it waits for an answer.
-        served = _tcp_store(host, port, listener, connect_timeout_s)
-        store = BoundedStore(served, remote=False, answer_timeout_s=answer_timeout_s)
+        served = _tcp_store(host, port, listener, waits.connect_s)
+        store = BoundedStore(served, remote=False, answer_timeout_s=waits.answer_s)
         introduction.announce("offer", {"host": host, "port": port, "nonce": nonce})
     with introduction.telling_all("start"):
         try:
-            for failure in introduction.collect("joined", None):
+            for failure in introduction.collect("joined", None, waits.joined_s):
                 if failure is not None:
                     raise Failure(**failure).exception(step=None, path=introduction.run_dir)
         except BaseException:
@@ -99,17 +120,15 @@ def _host(
     return Rendezvous(rank=0, world_size=introduction.world_size, nonce=nonce, store=store)
 
 
-def _join(introduction: _Introduction, connect_timeout_s: float, answer_timeout_s: float) -> Rendezvous:
+def _join(introduction: _Introduction, waits: _Waits) -> Rendezvous:
     """The part of the other ranks."""
     introduction.report("identity", _network_identity())
-    offer = introduction.hear("offer")
+    offer = introduction.hear("offer", waits.offer_s)
     host, port = offer["host"], offer["port"]
     connected: TCPStore | None = None
     failure: Failure | None = None
     try:
-        connected = within(
-            connect_timeout_s + answer_timeout_s, lambda: _tcp_store(host, port, None, connect_timeout_s)
-        )
+        connected = within(waits.connect_s + waits.answer_s, lambda: _tcp_store(host, port, None, waits.connect_s))
     except (ConnectionError, TimeoutError, RuntimeError) as error:
         reason = (
             f"rank {introduction.rank} cannot reach rank 0's store at {host}:{port} ({error}); "
@@ -117,21 +136,20 @@ def _join(introduction: _Introduction, connect_timeout_s: float, answer_timeout_
         )
         failure = Failure(error="StillframeError", rank=introduction.rank, stage="start", reason=reason)
     introduction.report("joined", None if failure is None else asdict(failure))
-    introduction.hear("start")
+    introduction.hear("start", waits.start_s)
     assert connected is not None, "rank 0 announces what was reported as a failure"
-    store = BoundedStore(connected, remote=True, answer_timeout_s=answer_timeout_s)
+    store = BoundedStore(connected, remote=True, answer_timeout_s=waits.answer_s)
     return Rendezvous(rank=introduction.rank, world_size=introduction.world_size, nonce=offer["nonce"], store=store)
 
 
 class _Introduction:
     """The talk by which the ranks of one meeting find each other, in the default process group's own store."""
 
-    def __init__(self, store: BoundedStore, rank: int, world_size: int, run_dir: Path, timeout_s: float) -> None:
+    def __init__(self, store: BoundedStore, rank: int, world_size: int, run_dir: Path) -> None:
         self.rank = rank
         self.world_size = world_size
         self.run_dir = run_dir
         self._store = store
-        self._timeout_s = timeout_s
         with self._reaching_the_store():
             # Counted per rank, in the store itself: the same meeting has the same number on all ranks.
             self._number = store.add(f"stillframe/meetings-of-{rank}", 1)
@@ -141,16 +159,16 @@ class _Introduction:
         with self._reaching_the_store():
             self._store.set(self._key(f"{name}/{self.rank}"), json.dumps(message))
 
-    def collect(self, name: str, own: Any) -> list[Any]:
+    def collect(self, name: str, own: Any, timeout_s: float) -> list[Any]:
         """Rank 0: what each rank reported, by rank. Raises SaveTimeout naming those that did not."""
         found: list[Any] = [own]
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + timeout_s
         with self._reaching_the_store():
             for rank in range(1, self.world_size):
                 try:
                     text = self._store.get(self._key(f"{name}/{rank}"), deadline - time.monotonic())
                 except TimeoutError as error:
-                    raise self._late(name, rank) from error
+                    raise self._late(name, rank, timeout_s) from error
                 found.append(json.loads(text))
         return found
 
@@ -159,10 +177,8 @@ class _Introduction:
         with self._reaching_the_store():
             self._store.set(self._key(name), json.dumps(message))
 
-    def hear(self, name: str) -> dict[str, Any]:
+    def hear(self, name: str, timeout_s: float) -> dict[str, Any]:
         """What rank 0 announced. Raises what it announced as a failure, or SaveTimeout."""
-        # Rank 0 itself waits for all ranks; only when it can wait no more, is it late.
-        timeout_s = self._timeout_s + max(_SHORTEST_ANSWER_S, min(_LONGEST_ANSWER_S, self._timeout_s))
         with self._reaching_the_store():
             try:
                 message: dict[str, Any] = json.loads(self._store.get(self._key(name), timeout_s))
@@ -182,11 +198,11 @@ class _Introduction:
             self.announce(name, {"failure": asdict(Failure.of(error, rank=0, stage="start"))})
             raise
 
-    def _late(self, name: str, first: int) -> SaveTimeout:
+    def _late(self, name: str, first: int, timeout_s: float) -> SaveTimeout:
         others = range(first + 1, self.world_size)
         late = [first, *(rank for rank in others if not self._store.has(self._key(f"{name}/{rank}")))]
         reason = (
-            f"{in_words(late)} did not come within {self._timeout_s:.0f} s (of {self.world_size} ranks); "
+            f"{in_words(late)} did not come within {timeout_s:.0f} s (of {self.world_size} ranks); "
             "does every rank make a Checkpointer?"
         )
         return SaveTimeout(reason, step=None, rank=first, stage="start", path=self.run_dir)
