@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import sys
 import threading
 import weakref
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from stillframe import provenance
@@ -24,6 +26,7 @@ from stillframe.commit.rendezvous import meet
 from stillframe.commit.vote import Ballot
 from stillframe.errors import CheckpointExists, ClosedError, OptionError, SaveFailed, StillframeError
 from stillframe.export import Export
+from stillframe.layout.casting import Cast
 from stillframe.layout.huggingface import unwrapped
 from stillframe.names import published_path
 from stillframe.options import CheckpointerOptions, run_directory
@@ -59,7 +62,8 @@ class Checkpointer:
             as replicated: parameters must be equal on all ranks; of buffers, rank 0's are saved.
         tokenizer: saved into every export; rendered now, once. Anything with `save_pretrained(directory)`.
         processor: likewise, for multimodal models.
-        max_shard_size, hf_max_keep, save_timeout_s, store_host: see `stillframe.options.CheckpointerOptions`.
+        max_shard_size, save_dtype, keep_in_fp32, hf_max_keep, save_timeout_s, store_host: see
+            `stillframe.options.CheckpointerOptions`.
 
     Blocks until the arena (this rank's share of the bytes) is allocated and the writer process runs. Raises, on every
     rank alike: OptionError, RunDirectoryError, LayoutError, or SaveFailed if ranks disagree or do not show up.
@@ -73,6 +77,8 @@ class Checkpointer:
         tokenizer: Any = None,
         processor: Any = None,
         max_shard_size: int | str = "50GB",
+        save_dtype: str | torch.dtype | None = None,
+        keep_in_fp32: Sequence[str] = (),
         hf_max_keep: int | None = None,
         save_timeout_s: float = 7200.0,
         store_host: str | None = None,
@@ -80,6 +86,8 @@ class Checkpointer:
         self._options = CheckpointerOptions(
             run_dir=run_directory(run_dir),
             max_shard_size=max_shard_size,
+            save_dtype=None if save_dtype is None else str(save_dtype).removeprefix("torch."),
+            keep_in_fp32=(keep_in_fp32,) if isinstance(keep_in_fp32, str) else tuple(keep_in_fp32),
             hf_max_keep=hf_max_keep,
             save_timeout_s=save_timeout_s,
             store_host=store_host,
@@ -183,6 +191,7 @@ class Checkpointer:
             unwrapped(model),
             companions=companions,
             max_shard_bytes=self._options.max_shard_bytes,
+            cast=_cast(self._options),
             rank=self._meeting.rank,
             world_size=self._meeting.world_size,
         )
@@ -289,6 +298,14 @@ class Checkpointer:
             self.close()
         except StillframeError as error:
             _log.error("while closing after an exception: %s", error)
+
+
+def _cast(options: CheckpointerOptions) -> Cast | None:
+    if options.save_dtype is None:
+        return None
+    return Cast(
+        dtype=getattr(torch, options.save_dtype), keep=tuple(re.compile(pattern) for pattern in options.keep_in_fp32)
+    )
 
 
 def _unexpected(error: BaseException, job: SaveJob) -> SaveFailed:

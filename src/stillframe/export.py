@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from stillframe.errors import UnsupportedModel
+from stillframe.layout.casting import Cast
 from stillframe.layout.companions import render_companion, render_config
 from stillframe.layout.huggingface import plan_huggingface
 from stillframe.names import MANIFEST_NAME, WORK_DIR_NAME
@@ -29,17 +30,19 @@ class Export:
         *,
         companions: tuple[Any, ...],
         max_shard_bytes: int,
+        cast: Cast | None,
         rank: int,
         world_size: int,
     ) -> None:
         """Plan, allocate, start the writer. Raises LayoutError, StillframeError, or the writer's WriterError."""
         self._model = model
         self._max_shard_bytes = max_shard_bytes
+        self._cast = cast
         self._rank = rank
         self._world_size = world_size
         self._companion_files: tuple[InlineFile, ...] = ()
         if rank == 0:
-            render_config(model)  # a config that cannot be saved is better found now than in the first save
+            render_config(model, model.dtype)  # a config that cannot be saved is better found now than at a save
             self._companion_files = tuple(file for c in companions for file in render_companion(c))
         self._plans = 0
         self._arena: Arena | None = None
@@ -82,7 +85,8 @@ class Export:
         self._snapshotter.copy()
         if self._rank != 0:
             return ()
-        files = {f.name: f for f in (*render_config(self._model), *self._layout.inline_files, *self._companion_files)}
+        config_files = render_config(self._model, self._config_dtype)
+        files = {f.name: f for f in (*config_files, *self._layout.inline_files, *self._companion_files)}
         return tuple(files.values())
 
     def close(self) -> None:
@@ -110,6 +114,7 @@ class Export:
         plan = plan_huggingface(
             self._model,
             max_shard_bytes=self._max_shard_bytes,
+            cast=self._cast,
             rank=self._rank,
             world_size=self._world_size,
             plan_id=self._plans + 1,
@@ -127,4 +132,5 @@ class Export:
         self._staged_bytes = self._snapshotter.staged_bytes
         self._watched = Watched(self._model, plan.tensors)
         self._layout = plan.layout
+        self._config_dtype = plan.config_dtype
         self._plans += 1

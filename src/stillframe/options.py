@@ -20,6 +20,9 @@ class CheckpointerOptions:
     run_dir: where checkpoints appear; created if missing.
     max_shard_size: largest weights file, in bytes or as text such as "5GB" (decimal units, as in transformers). A
         single storage block beyond it gets a file of its own.
+    save_dtype: "bfloat16" saves floating-point parameters so, cast in the snapshot; None saves what there is. Buffers,
+        and modules that transformers keeps in float32, keep their dtype.
+    keep_in_fp32: regular expressions; parameters whose key or name in the model matches one are not cast.
     hf_max_keep: how many exports are kept, the newest by publication; None keeps all.
     save_timeout_s: bound on each wait of a save (for the other ranks' calls, the writing, the verdict).
     store_host: address on which rank 0 listens for the others; only needed where they cannot reach it by MASTER_ADDR
@@ -28,6 +31,8 @@ class CheckpointerOptions:
 
     run_dir: Path
     max_shard_size: int | str = "50GB"
+    save_dtype: str | None = None
+    keep_in_fp32: tuple[str, ...] = ()
     hf_max_keep: int | None = None
     save_timeout_s: float = 7200.0
     store_host: str | None = None
@@ -36,6 +41,15 @@ class CheckpointerOptions:
         if not isinstance(self.run_dir, Path):
             raise OptionError(f"run_dir must be a path, not {self.run_dir!r}")
         _ = self.max_shard_bytes
+        if self.save_dtype not in (None, "bfloat16"):
+            raise OptionError(f"save_dtype must be None (as it is) or 'bfloat16', not {self.save_dtype!r}")
+        for pattern in self.keep_in_fp32:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise OptionError(f"keep_in_fp32 has {pattern!r}, which is no regular expression: {error}") from error
+        if self.keep_in_fp32 and self.save_dtype is None:
+            raise OptionError("keep_in_fp32 has no effect without save_dtype; set both or neither")
         keep = self.hf_max_keep
         if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 1):
             raise OptionError(f"hf_max_keep must be None (keep all) or at least 1, not {keep!r}")

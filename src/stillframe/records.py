@@ -56,12 +56,17 @@ class WritePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """A contiguous run of bytes of this rank's local part of a tensor, and where the snapshot puts it in the arena."""
+    """A contiguous run of elements of this rank's local part of a tensor, and where the snapshot puts it in the arena.
+
+    `first_element` counts in the local tensor, flat and row-major; `arena_offset` in bytes. `dtype` is torch's name of
+    what the elements become in the copy ("bfloat16"), None where they stay as they are.
+    """
 
     tensor: str
-    tensor_offset: int
+    first_element: int
+    element_count: int
     arena_offset: int
-    length_bytes: int
+    dtype: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

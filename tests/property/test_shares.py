@@ -114,10 +114,11 @@ def test_every_byte_of_every_file_is_written_once_and_right(
         arena, used = bytearray(share.plan.arena_bytes), np.zeros(share.plan.arena_bytes, dtype=np.int64)
         for copy in share.copies:
             local = _local_bytes(holdings[rank][copy.tensor], data[copy.tensor], element_bytes)
-            part = local[copy.tensor_offset : copy.tensor_offset + copy.length_bytes]
-            assert len(part) == copy.length_bytes
-            arena[copy.arena_offset : copy.arena_offset + copy.length_bytes] = part
-            used[copy.arena_offset : copy.arena_offset + copy.length_bytes] += 1
+            length = copy.element_count * element_bytes
+            part = local[copy.first_element * element_bytes :][:length]
+            assert len(part) == length
+            arena[copy.arena_offset : copy.arena_offset + length] = part
+            used[copy.arena_offset : copy.arena_offset + length] += 1
         for envelope in share.envelopes:
             arena[envelope.arena_offset : envelope.arena_offset + len(envelope.content)] = envelope.content
             used[envelope.arena_offset : envelope.arena_offset + len(envelope.content)] += 1
@@ -154,6 +155,6 @@ def test_what_all_hold_alike_is_split_fairly(world_size: int, lengths: list[int]
     file = FileLayout(name="f", size_bytes=total, items=listed)
     layout = Layout(kind="hf", world_size=world_size, files=(file,), inline_files=(), total_bytes=total, digest="d")
     shares = [rank_share(layout, items, names, holdings, rank=rank, plan_id=1) for rank in everyone]
-    staged = [sum(copy.length_bytes for copy in share.copies) for share in shares]
+    staged = [sum(copy.element_count for copy in share.copies) for share in shares]
     assert sum(staged) == total
     assert max(staged) - min(staged) <= 2 * 64  # cuts fall on multiples of 64 bytes

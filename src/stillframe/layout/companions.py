@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -19,17 +20,17 @@ from stillframe.layout.keys import unsharded_classes
 from stillframe.records import InlineFile
 
 
-def render_config(model: PreTrainedModel) -> tuple[InlineFile, ...]:
+def render_config(model: PreTrainedModel, dtype: torch.dtype) -> tuple[InlineFile, ...]:
     """config.json, generation_config.json where the model generates, and the model's own code where it is remote code.
 
-    As `save_pretrained` of the unsharded model writes them, but without changing the model's config. Raises
-    UnsupportedModel if one cannot be saved.
+    `dtype` is what the weights have in the files. The files are those that `save_pretrained` of the unsharded model
+    writes, and the model's own config does not change. Raises UnsupportedModel if one cannot be saved.
     """
 
     def save(directory: str) -> None:
         with unsharded_classes(model):
             config = copy.deepcopy(model.config)
-            config.dtype = str(model.dtype).removeprefix("torch.")
+            config.dtype = str(dtype).removeprefix("torch.")
             config.architectures = [type(model).__name__]
             if model.is_remote_code():
                 remote_config: Any = config  # annotated as a dict, but transformers passes the config itself

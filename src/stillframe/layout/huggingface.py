@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from stillframe.errors import LayoutError, UnsupportedModel
+from stillframe.layout.casting import Cast, cast_keys, saved_dtype
 from stillframe.layout.keys import Key, KeyMap, runtime_tensors, save_keys
 from stillframe.layout.placement import Holding, holding
 from stillframe.layout.shares import PlacedItem, rank_share
@@ -53,23 +54,37 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors refuses to read a longer one
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HuggingFacePlan:
-    """A layout, this rank's share of it, and the model's own tensors that the snapshot copies from, by name."""
+    """A layout, this rank's share of it, and the model's own tensors that the snapshot copies from, by name.
+
+    `config_dtype` is the model's dtype in the files, as config.json says it.
+    """
 
     layout: Layout
     share: RankShare
     tensors: Mapping[str, torch.Tensor]
+    config_dtype: torch.dtype
 
 
 def plan_huggingface(
-    model: PreTrainedModel, *, max_shard_bytes: int, rank: int, world_size: int, plan_id: int
+    model: PreTrainedModel,
+    *,
+    max_shard_bytes: int,
+    rank: int,
+    world_size: int,
+    plan_id: int,
+    cast: Cast | None = None,
 ) -> HuggingFacePlan:
     """Lay `model` out as a Hugging Face directory and find this rank's share. No communication, no data is read.
+
+    `cast` None saves every tensor in the dtype that it has.
 
     Raises LayoutError (UnsupportedModel, UnsupportedPlacement, CoverageError) naming the model or tensor.
     """
     refuse_unsupported(model)
     tensors = runtime_tensors(model)
     key_map = save_keys(model, tensors)
+    if cast is not None:
+        key_map = cast_keys(model, tensors, key_map, cast)
     parameters = {id(p) for p in model.parameters()}
     holdings = {
         name: holding(name, tensor, rank=rank, world_size=world_size, is_parameter=id(tensor) in parameters)
@@ -78,12 +93,14 @@ def plan_huggingface(
     layout, items = lay_out(
         key_map,
         holdings,
+        source_dtypes=[tensors[name].dtype for name in key_map.sources],
         max_shard_bytes=max_shard_bytes,
         total_parameters=model.num_parameters(),
         world_size=world_size,
     )
     share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
-    return HuggingFacePlan(layout=layout, share=share, tensors=tensors)
+    config_dtype = model.dtype if cast is None else saved_dtype(model, tensors, key_map)
+    return HuggingFacePlan(layout=layout, share=share, tensors=tensors, config_dtype=config_dtype)
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -118,6 +135,7 @@ def lay_out(
     key_map: KeyMap,
     holdings: Mapping[str, Holding],
     *,
+    source_dtypes: Sequence[torch.dtype],
     max_shard_bytes: int,
     total_parameters: int,
     world_size: int,
@@ -142,6 +160,7 @@ def lay_out(
                     length_bytes=length,
                     runs=key.runs,
                     element_bytes=key.dtype.itemsize,
+                    cast_to=_cast_to(key, source_dtypes),
                 )
             )
             listed.append(Item(name=key.name, file_offset=position, length_bytes=length))
@@ -169,6 +188,12 @@ def lay_out(
         digest=digest.hexdigest(),
     )
     return layout, items
+
+
+def _cast_to(key: Key, source_dtypes: Sequence[torch.dtype]) -> str | None:
+    if not len(key.runs) or source_dtypes[int(key.runs.source[0])] == key.dtype:
+        return None
+    return str(key.dtype).removeprefix("torch.")
 
 
 def split_into_shards(keys: Sequence[Key], max_shard_bytes: int) -> tuple[list[list[Key]], int]:

@@ -21,12 +21,16 @@ from stillframe.records import Copy, Envelope, Extent, FileShare, Layout, RankSh
 
 _PAGE_BYTES = 4096
 _LINE_BYTES = 64
-_PAGE_ALIGN_FROM_BYTES = 1 << 20
+_PAGE_ALIGN_FROM_BYTES = 1 << 19  # from here on the writer uses direct I/O
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedItem:
-    """An item of a file and what it consists of: an envelope's `content`, or `runs` of elements of tensors."""
+    """An item of a file and what it consists of: an envelope's `content`, or `runs` of elements of tensors.
+
+    `element_bytes` is the size of an element in the file; `cast_to` torch's name of its dtype there, None where it is
+    the tensors' own.
+    """
 
     file: int
     file_offset: int
@@ -34,24 +38,28 @@ class PlacedItem:
     content: bytes = b""
     runs: Runs | None = None
     element_bytes: int = 1
+    cast_to: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """Columns of byte runs: where in which file, of which item, from where in which source (-1: an envelope)."""
+    """Columns of runs: where in which file, how many bytes, of which item, from which element of which source.
+
+    Source -1 is the item's own content.
+    """
 
     file: Ints
     file_offset: Ints
     length: Ints
     item: Ints
     source: Ints
-    source_offset: Ints
+    element: Ints
 
     def take(self, index: Ints) -> _Pieces:
         return _Pieces(*(column[index] for column in self.columns()))
 
     def columns(self) -> tuple[Ints, ...]:
-        return (self.file, self.file_offset, self.length, self.item, self.source, self.source_offset)
+        return (self.file, self.file_offset, self.length, self.item, self.source, self.element)
 
     def in_file_order(self) -> _Pieces:
         return self.take(np.lexsort((self.file_offset, self.file)))
@@ -75,6 +83,7 @@ def rank_share(
     Envelopes go round robin over the ranks. Raises CoverageError if items do not tile their files.
     """
     prove_coverage(layout, items)
+    element_bytes = np.array([item.element_bytes for item in items], dtype=np.int64)
     held = _held(items, sources, holdings)
     mine = [_envelopes(items, rank, layout.world_size)]
     for replicas, pieces in held.items():
@@ -84,21 +93,28 @@ def rank_share(
                 pieces.file_offset, pieces.length, part=replicas.index(rank), parts=len(replicas)
             )
             part = pieces.take(index)
-            pieces = _Pieces(
-                part.file, part.file_offset + skip, length, part.item, part.source, part.source_offset + skip
-            )
+            skipped = skip // element_bytes[part.item]
+            pieces = _Pieces(part.file, part.file_offset + skip, length, part.item, part.source, part.element + skipped)
         mine.append(pieces)
     pieces = _Pieces.concatenate(mine).in_file_order()
     arena_offset, arena_bytes = _arena_offsets(pieces)
     copies, envelopes = [], []
-    for place, length, item, source, offset in zip(
-        *(c.tolist() for c in (arena_offset, pieces.length, pieces.item, pieces.source, pieces.source_offset)),
+    for place, length, item, source, element in zip(
+        *(c.tolist() for c in (arena_offset, pieces.length, pieces.item, pieces.source, pieces.element)),
         strict=True,
     ):
         if source < 0:
             envelopes.append(Envelope(arena_offset=place, content=items[item].content))
         else:
-            copies.append(Copy(tensor=sources[source], tensor_offset=offset, arena_offset=place, length_bytes=length))
+            copies.append(
+                Copy(
+                    tensor=sources[source],
+                    first_element=element,
+                    element_count=length // items[item].element_bytes,
+                    arena_offset=place,
+                    dtype=items[item].cast_to,
+                )
+            )
     plan = WritePlan(
         plan_id=plan_id,
         rank=rank,
@@ -139,25 +155,21 @@ def _envelopes(items: Sequence[PlacedItem], rank: int, world_size: int) -> _Piec
 def _held(
     items: Sequence[PlacedItem], sources: Sequence[str], holdings: Mapping[str, Holding]
 ) -> dict[tuple[int, ...], _Pieces]:
-    """The byte runs of all items that this rank holds, by the ranks that hold the same."""
+    """The runs of all items that this rank holds, by the ranks that hold the same."""
     columns: list[list[Ints]] = [[] for _ in range(6)]
     for i, item in enumerate(items):
         if item.runs is None or not len(item.runs):
             continue
-        n, size = len(item.runs), item.element_bytes
-        constant = (np.full(n, item.file), np.full(n, i))
-        for column, values in zip(
-            columns,
-            (
-                constant[0],
-                item.file_offset + item.runs.start * size,
-                item.runs.length * size,
-                constant[1],
-                item.runs.source,
-                item.runs.source_start * size,
-            ),
-            strict=True,
-        ):
+        n, runs, size = len(item.runs), item.runs, item.element_bytes
+        of_item = (
+            np.full(n, item.file),
+            item.file_offset + runs.start * size,
+            runs.length,  # in elements until the holdings are known
+            np.full(n, i),
+            runs.source,
+            runs.source_start,
+        )
+        for column, values in zip(columns, of_item, strict=True):
             column.append(values)
     if not columns[0]:
         return {}
@@ -172,15 +184,13 @@ def _held(
         if low == high or not len(holding.runs):
             continue
         wanted = pieces.take(np.arange(low, high))
-        size = int(element_bytes[wanted.item[0]])
         runs = holding.runs
-        a, b, start, length = overlap(wanted.source_offset, wanted.length, runs.start * size, runs.length * size)
-        skip = start - wanted.source_offset[a]
+        a, b, start, count = overlap(wanted.element, wanted.length, runs.start, runs.length)
         part = wanted.take(a)
-        local = runs.source_start[b] * size + (start - runs.start[b] * size)
-        held[holding.replicas].append(
-            _Pieces(part.file, part.file_offset + skip, length, part.item, part.source, local)
-        )
+        size_of = element_bytes[part.item]
+        file_offset = part.file_offset + (start - part.element) * size_of
+        local = runs.source_start[b] + (start - runs.start[b])
+        held[holding.replicas].append(_Pieces(part.file, file_offset, count * size_of, part.item, part.source, local))
     return {replicas: _Pieces.concatenate(parts) for replicas, parts in held.items()}
 
 

@@ -28,13 +28,13 @@ class Snapshotter:
         self._copies = copies
         used = {copy.tensor for copy in copies}
         self._tensors = {name: tensor for name, tensor in tensors.items() if name in used}
-        self._targets = [arena.bytes[c.arena_offset : c.arena_offset + c.length_bytes] for c in copies]
+        self._targets = [_target(arena, copy, self._tensors[copy.tensor].dtype) for copy in copies]
         self._origins: list[torch.Tensor] = []
         self._addresses: list[int] = []
         for envelope in envelopes:
             content = torch.frombuffer(bytearray(envelope.content), dtype=torch.uint8)
             arena.bytes[envelope.arena_offset : envelope.arena_offset + len(content)].copy_(content)
-        self.staged_bytes = sum(c.length_bytes for c in copies) + sum(len(e.content) for e in envelopes)
+        self.staged_bytes = sum(t.nbytes for t in self._targets) + sum(len(e.content) for e in envelopes)
 
     @torch.no_grad()
     def copy(self) -> None:
@@ -46,14 +46,26 @@ class Snapshotter:
         strided = {name for name, local in locals_.items() if not local.is_contiguous()}
         addresses = [local.data_ptr() for local in locals_.values()]
         if strided or addresses != self._addresses:
-            flat = {name: local.detach().contiguous().view(-1).view(torch.uint8) for name, local in locals_.items()}
-            self._origins = [flat[c.tensor][c.tensor_offset : c.tensor_offset + c.length_bytes] for c in self._copies]
+            flat = {name: local.detach().contiguous().view(-1) for name, local in locals_.items()}
+            self._origins = [_origin(flat[copy.tensor], copy) for copy in self._copies]
             # A tensor that is not contiguous was copied just now: its bytes must not be taken for the next snapshot's.
             self._addresses = [] if strided else addresses
         if self._targets:
             torch._foreach_copy_(self._targets, self._origins)
         if strided:
             self._origins = []
+
+
+def _target(arena: Arena, copy: Copy, dtype: torch.dtype) -> torch.Tensor:
+    """Where in the arena the elements go, as bytes, or in the dtype that they become."""
+    becomes = dtype if copy.dtype is None else getattr(torch, copy.dtype)
+    target = arena.bytes[copy.arena_offset : copy.arena_offset + copy.element_count * becomes.itemsize]
+    return target if copy.dtype is None else target.view(becomes)
+
+
+def _origin(flat: torch.Tensor, copy: Copy) -> torch.Tensor:
+    origin = flat[copy.first_element : copy.first_element + copy.element_count]
+    return origin.view(torch.uint8) if copy.dtype is None else origin
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:

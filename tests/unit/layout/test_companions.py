@@ -49,7 +49,7 @@ def _on_disk(directory: Path, *, weights: bool = False) -> dict[str, bytes]:
 @pytest.mark.parametrize("make", [tiny_qwen3, tiny_qwen3_vl_moe])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_configs_are_what_save_pretrained_writes(make: Any, dtype: torch.dtype, tmp_path: Path) -> None:
-    rendered = _written(render_config(make(dtype=dtype)))
+    rendered = _written(render_config(make(dtype=dtype), dtype))
     make(dtype=dtype).save_pretrained(tmp_path)
     assert rendered == _on_disk(tmp_path)
     assert {"config.json", "generation_config.json"} == rendered.keys()
@@ -59,7 +59,7 @@ def test_the_models_own_config_stays_as_it_is() -> None:
     model = tiny_qwen3()
     model.to(torch.bfloat16)
     before = model.config.to_dict()
-    assert b'"dtype": "bfloat16"' in _written(render_config(model))["config.json"]
+    assert b'"dtype": "bfloat16"' in _written(render_config(model, model.dtype))["config.json"]
     assert model.config.to_dict() == before
 
 
@@ -77,7 +77,7 @@ def _render_and_save(folder: Path, *, sharded: bool) -> dict[str, bytes]:
         config = module.TinyConfig(**{k: v for k, v in tiny_qwen3().config.to_dict().items() if k != "model_type"})
         model: PreTrainedModel = module.TinyForCausalLM(config)
         model.save_pretrained(folder / "reference")
-        return _written(render_config(fully_shard(model) if sharded else model))
+        return _written(render_config(fully_shard(model) if sharded else model, model.dtype))
     finally:
         del sys.modules["modeling_tiny"]
 
@@ -115,4 +115,4 @@ def test_what_cannot_be_saved_is_refused_by_name() -> None:
     assert model.generation_config is not None
     model.generation_config.temperature = 0.5  # without sampling: transformers refuses to save that
     with pytest.raises(UnsupportedModel, match="the config of Qwen3ForCausalLM cannot be saved"):
-        render_config(model)
+        render_config(model, model.dtype)

@@ -72,6 +72,7 @@ def test_headers_are_what_safetensors_writes(
     layout, items = lay_out(
         KeyMap(sources=("s",), keys=keys),
         {"s": holding},
+        source_dtypes=[torch.uint8],
         max_shard_bytes=10**9,
         total_parameters=0,
         world_size=1,

@@ -1,0 +1,61 @@
+"""Which keys change their dtype on the way into the files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from stillframe.layout.keys import Key, KeyMap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cast:
+    """Save floating-point parameters as `dtype`; those whose key or runtime name matches one of `keep` as they are."""
+
+    dtype: torch.dtype
+    keep: tuple[re.Pattern[str], ...]
+
+
+def cast_keys(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], key_map: KeyMap, cast: Cast) -> KeyMap:
+    """`key_map` with the dtypes that its keys have in the files, sharded as the model so cast would be.
+
+    Buffers keep their dtype. So do the modules that transformers itself keeps in float32
+    (`_keep_in_fp32_modules_strict`). Every key is matched against every pattern.
+    """
+    parameters = {id(parameter) for parameter in model.parameters()}
+    # Patterns as transformers reads them when it loads: "*" for anything, anywhere in the name.
+    kept_modules = [re.compile(m.replace("*", ".*")) for m in sorted(model._keep_in_fp32_modules_strict or ())]
+    kept_sources = {
+        index
+        for index, name in enumerate(key_map.sources)
+        if id(tensors[name]) not in parameters
+        or not tensors[name].is_floating_point()
+        or any(pattern.search(name) for pattern in (*cast.keep, *kept_modules))
+    }
+
+    def cast_one(key: Key) -> Key:
+        kept = any(pattern.search(key.name) for pattern in cast.keep) or not kept_sources.isdisjoint(
+            np.unique(key.runs.source).tolist()
+        )
+        if kept or key.dtype == cast.dtype:
+            return key
+        block_bytes = key.block_bytes // key.dtype.itemsize * cast.dtype.itemsize
+        return replace(key, dtype=cast.dtype, block_bytes=block_bytes)
+
+    return replace(key_map, keys=tuple(cast_one(key) for key in key_map.keys))
+
+
+def saved_dtype(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], keys: KeyMap) -> torch.dtype:
+    """What config.json says: the dtype that the model's first floating-point parameter has in the files."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    for index, name in enumerate(keys.sources):
+        if tensors[name] is first:
+            for key in keys.keys:
+                if index in key.runs.source:
+                    return key.dtype
+    return model.dtype
