@@ -123,7 +123,12 @@ def _host(introduction: _Introduction, store_host: str | None, waits: _Waits) ->
 def _join(introduction: _Introduction, waits: _Waits) -> Rendezvous:
     """The part of the other ranks."""
     introduction.report("identity", _network_identity())
-    offer = introduction.hear("offer", waits.offer_s)
+    try:
+        offer = introduction.hear("offer", waits.offer_s)
+    except SaveTimeout as error:
+        # Rank 0 need not wait for us, should it come yet.
+        introduction.report("joined", asdict(Failure.of(error, rank=introduction.rank, stage="start")))
+        raise
     host, port = offer["host"], offer["port"]
     connected: TCPStore | None = None
     failure: Failure | None = None
