@@ -4,9 +4,9 @@ Never touches a byte that the share does not name: no truncation, no read-modify
 its own by direct I/O, so that two ranks whose shares meet inside a page do not lose each other's bytes. Files only
 ever grow, to the size that all ranks know.
 
-Blocks go to the disk in file order on a few threads; whichever thread ends a file fsyncs it while the others
-go on with the next. Two threads and 4 MiB blocks measured best: one thread leaves the disk idle during checksums, more
-only fight the training for cores, and smaller blocks pay per call.
+Blocks go to the disk file by file on a few threads, of each file those through the page cache first; whichever thread
+ends a file fsyncs it while the others go on with the next. Two threads and 4 MiB blocks measured best: one thread
+leaves the disk idle during checksums, more only fight the training for cores, and smaller blocks pay per call.
 """
 
 from __future__ import annotations
@@ -96,8 +96,7 @@ class _Run:
         self._stop = stop
         self._on_progress = on_progress
         self._failed = threading.Event()
-        # A file of which this rank owns nothing still gets its size and its fsync: it is queued with no block.
-        self._queue = iter([(file, index) for file in self.files for index in range(max(1, len(file.blocks)))])
+        self._queue = iter([(file, index) for file in self.files for index in _order(file.blocks)])
         self._lock = threading.Lock()
 
     def work(self) -> None:
@@ -237,6 +236,15 @@ class _SharedFile:
                 break
             written_bytes += count
         return written_bytes
+
+
+def _order(blocks: Sequence[Block]) -> list[int]:
+    """The indices of `blocks` in the order of writing; of no blocks, one that stands for opening and syncing the file.
+
+    A buffered write takes the file's lock for itself and so waits for every direct one that is under way, of other
+    ranks too. Between direct writes, the small ones at the edges of runs cost a tenth of the time of a save.
+    """
+    return sorted(range(max(1, len(blocks))), key=lambda index: bool(blocks) and blocks[index].direct)
 
 
 def _piece_crcs(block: Block, data: memoryview) -> list[int]:
