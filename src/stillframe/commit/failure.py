@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from stillframe import errors
 from stillframe.errors import SaveFailed, StillframeError
 
 _MAX_NAMED_RANKS = 16
+_TOLD = re.compile(r"rank ([0-9]+): (.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +28,10 @@ class Failure:
         if isinstance(error, SaveFailed):
             return Failure(error=type(error).__name__, rank=error.rank, stage=error.stage, reason=error.reason)
         if isinstance(error, StillframeError):
-            return Failure(error=type(error).__name__, rank=rank, stage=stage, reason=str(error))
+            # One that came from another rank, by `exception` below, stays that rank's.
+            told = _TOLD.fullmatch(str(error))
+            rank, reason = (int(told[1]), told[2]) if told else (rank, str(error))
+            return Failure(error=type(error).__name__, rank=rank, stage=stage, reason=reason)
         return Failure(error="SaveFailed", rank=rank, stage=stage, reason=f"{type(error).__name__}: {error}")
 
     def exception(self, *, step: int | None, path: Path) -> StillframeError:

@@ -134,6 +134,13 @@ def test_an_exception_keeps_its_kind_and_words_on_its_way(error: Exception) -> N
         assert str(arrived) == "rank 3: cannot write"
 
 
+def test_an_exception_that_came_from_another_rank_stays_of_that_rank() -> None:
+    failure = replace(DISK_FULL, error="UnsupportedModel", rank=3)
+    arrived = failure.exception(step=5, path=PATH)
+    again = Failure.of(arrived, rank=0, stage="publish").exception(step=5, path=PATH)
+    assert str(again) == str(arrived) == "rank 3: No space left on device"
+
+
 # Votes that do not agree
 
 
