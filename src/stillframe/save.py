@@ -77,7 +77,7 @@ def run_save(
             aftermath = _after_publication(job, ballot.attempt, publication)
             ballot.conclude(aftermath)
             return aftermath
-        ballot.await_open()
+        ballot.await_open(layout_digest=None if job.snapshot_failure is not None else job.layout.digest)
         ballot.cast(_write(job, ballot.attempt, meeting, writer, tracker))
         ballot.await_verdict()
         tracker.published()
@@ -98,7 +98,7 @@ def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterCl
         failure = _given_up(publication, error, "prepare")
         ballot.open(failure)
         raise failure.exception(step=job.step, path=job.final_dir) from error
-    ballot.open(None)
+    ballot.open(None, layout_digest=job.layout.digest)
     ballot.cast(_write(job, ballot.attempt, meeting, writer, tracker))
     try:
         ballot.collect()

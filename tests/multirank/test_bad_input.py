@@ -221,7 +221,11 @@ def test_a_rank_that_does_not_call_is_named_and_can_join_the_next_save(tmp_path:
 def model_that_turns_bad(run_dir: Path) -> None:
     rank = dist.get_rank()
     model = tiny_qwen3(tied=False)
-    head, generation_config = model.lm_head.weight, copy.deepcopy(model.generation_config)
+    head, norm, generation_config = (
+        model.lm_head.weight,
+        model.model.norm.weight,
+        copy.deepcopy(model.generation_config),
+    )
     with stillframe.Checkpointer(run_dir, model=model, save_timeout_s=60) as ckpt:
         ckpt.save_hf(1)
         if rank == 1:
@@ -230,6 +234,11 @@ def model_that_turns_bad(run_dir: Path) -> None:
             UnsupportedModel, r"^rank 1: Qwen3ForCausalLM: 1 parameters have no values yet .*lm_head\.weight"
         ):
             ckpt.save_hf(2)
+        # Here rank 0 has a new plan, and rank 1 none.
+        model.model.norm.weight = nn.Parameter(model.model.norm.weight.bfloat16())
+        with expecting(UnsupportedModel, r"^rank 1: Qwen3ForCausalLM: 1 parameters have no values yet"):
+            ckpt.save_hf(2)
+        model.model.norm.weight = norm
         model.lm_head.weight = head
         model.generation_config.do_sample = False
         model.generation_config.temperature = 0.5

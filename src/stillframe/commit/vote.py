@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +70,17 @@ class Ballot:
         number = self._number + 1 if self._opened or self._meeting.rank == 0 else self._number
         return Ballot(self._meeting, step=step, path=path, timeout_s=self._timeout_s, number=number)
 
-    def open(self, failure: Failure | None) -> None:
-        """Rank 0: the directory is ready for the writers, or will never be."""
+    def open(self, failure: Failure | None, *, layout_digest: str | None = None) -> None:
+        """Rank 0: the directory is ready for the writers, who must have this layout; or it will never be."""
         self._opened = True
-        self._set("open", {"step": self._step, "failure": None if failure is None else asdict(failure)})
+        told = None if failure is None else asdict(failure)
+        self._set("open", {"step": self._step, "layout_digest": layout_digest, "failure": told})
 
-    def await_open(self) -> None:
-        """Block until rank 0 opened the attempt.
+    def await_open(self, *, layout_digest: str | None = None) -> None:
+        """Block until rank 0 opened the attempt. `layout_digest` is that of this rank, None if it has none to compare.
 
-        Raises SaveFailed with rank 0's reason if it could not, or if rank 0 saves another step (which fails then, too).
+        Raises SaveFailed with rank 0's reason if it could not, or if rank 0 saves another step or layout than this
+        rank: nothing may be written then, and the attempt fails on all ranks.
         """
         answer = self._get("open", self._timeout_s, "to create the directory")
         while answer["step"] != self._step and (answer["failure"] is not None or self._is_decided()):
@@ -88,11 +90,13 @@ class Ballot:
         self._opened = True
         if answer["failure"] is not None:
             raise Failure(**answer["failure"]).exception(step=self._step, path=self._path)
-        if answer["step"] != self._step:
-            rank = self._meeting.rank
-            reason = f"rank {rank} saves step {self._step} while rank 0 saves step {answer['step']}"
-            failure = Failure(error="SaveFailed", rank=rank, stage="vote", reason=reason)
-            self.cast(Vote(rank=rank, step=self._step, layout_digest="", failure=failure))
+        required_digest = answer["layout_digest"] or ""
+        own_digest = required_digest if layout_digest is None else layout_digest
+        own = Vote(rank=self._meeting.rank, step=self._step, layout_digest=own_digest, failure=None)
+        reason = _disagreement(own, step=answer["step"], layout_digest=required_digest)
+        if reason is not None:
+            failure = Failure(error="SaveFailed", rank=own.rank, stage="vote", reason=reason)
+            self.cast(replace(own, failure=failure))
             raise failure.exception(step=self._step, path=self._path)
 
     def cast(self, vote: Vote) -> None:
@@ -224,10 +228,15 @@ class Ballot:
     def _raise_disagreements(self, votes: dict[int, Vote]) -> None:
         own = votes[self._meeting.rank]
         for rank, vote in sorted(votes.items()):
-            if vote.step != own.step:
-                reason = f"rank {rank} saves step {vote.step} while rank {own.rank} saves step {own.step}"
-            elif vote.layout_digest != own.layout_digest:
-                reason = f"rank {rank} has another layout than rank {own.rank}: do the ranks hold the same model?"
-            else:
-                continue
-            raise SaveFailed(reason, step=self._step, rank=rank, stage="vote", path=self._path)
+            reason = _disagreement(vote, step=own.step, layout_digest=own.layout_digest)
+            if reason is not None:
+                raise SaveFailed(reason, step=self._step, rank=rank, stage="vote", path=self._path)
+
+
+def _disagreement(vote: Vote, *, step: int | None, layout_digest: str) -> str | None:
+    """What keeps `vote` from being one on rank 0's save, of `step` and `layout_digest`."""
+    if vote.step != step:
+        return f"rank {vote.rank} saves step {vote.step} while rank 0 saves step {step}"
+    if vote.layout_digest != layout_digest:
+        return f"rank {vote.rank} has another layout than rank 0: do the ranks hold the same model?"
+    return None

@@ -311,3 +311,24 @@ def test_ranks_that_save_different_steps_all_learn_it() -> None:
         assert outcome.rank == 1
         assert "rank 1 saves step 6 while rank 0 saves step 5" in str(outcome)
     assert third.successor(step=7, path=PATH).attempt == first.successor(step=7, path=PATH).attempt
+
+
+def test_a_rank_with_another_layout_learns_it_before_it_writes() -> None:
+    first, second, third = ballots(3)
+
+    def rank_0() -> Any:
+        first.open(None, layout_digest="d")
+        first.cast(vote(0))
+        return first.collect()
+
+    def rank_2() -> Any:
+        third.await_open(layout_digest="d")
+        third.cast(vote(2))
+        return "may write"
+
+    outcomes = on_ranks(rank_0, lambda: second.await_open(layout_digest="e"), rank_2)
+    assert outcomes[2] == "may write"
+    for outcome in outcomes[:2]:
+        assert isinstance(outcome, SaveFailed)
+        assert outcome.rank == 1
+        assert "rank 1 has another layout than rank 0" in str(outcome)
