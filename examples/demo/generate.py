@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-PROMPTS = ["The following sections describe", "An expression"]
+PROMPTS = ['The "break" statement', "The following sections describe"]
+QUESTION = "What does Python's help say about 'lambda'?"
 
 
 def main(checkpoint_dir: str) -> None:
@@ -32,9 +33,9 @@ def main(checkpoint_dir: str) -> None:
     torch.manual_seed(0)
     for prompt in PROMPTS:
         show(prompt, continuation(model, tokenizer, **tokenizer(prompt, return_tensors="pt")))
-    question = [{"role": "user", "content": "What does Python's help say about 'with'?"}]
+    question = [{"role": "user", "content": QUESTION}]
     chat = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    show("(chat) What does Python's help say about 'with'?", continuation(model, tokenizer, **chat))
+    show(QUESTION, continuation(model, tokenizer, **chat))
 
 
 def continuation(model: torch.nn.Module, tokenizer: object, **inputs: torch.Tensor) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TIMEOUT_S = 120.0
+END_TIMEOUT_S = 45.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def started(command: list[str], *, work_dir: Path, **extra: str) -> Iterator[subprocess.Popen[str]]:
-    """A process in a session of its own; killed with all its children on exit, or after `TIMEOUT_S`."""
+    """A process in a session of its own; gone on exit, and after `TIMEOUT_S` in any case."""
     process = subprocess.Popen(
         command,
         cwd=work_dir,
@@ -44,24 +44,28 @@ def started(command: list[str], *, work_dir: Path, **extra: str) -> Iterator[sub
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    watchdog = threading.Timer(TIMEOUT_S, kill_session, [process])
+    watchdog = threading.Timer(TIMEOUT_S, end, [process])
     watchdog.start()
     try:
         yield process
     finally:
         watchdog.cancel()
-        kill_session(process)
-        process.communicate(timeout=TIMEOUT_S)
+        end(process)
+        process.communicate(timeout=END_TIMEOUT_S)
 
 
-def kill_session(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def end(process: subprocess.Popen[str]) -> None:
+    """SIGTERM, at which torchrun ends its ranks (they are in sessions of their own), then SIGKILL."""
+    process.terminate()
+    try:
+        process.wait(timeout=END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def run(command: list[str], *, work_dir: Path, **extra: str) -> Ended:
     with started(command, work_dir=work_dir, **extra) as process:
-        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+        stdout, stderr = process.communicate()  # bounded by the watchdog
         return Ended(process.returncode, stdout, stderr)
 
 

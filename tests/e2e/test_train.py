@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.launch import TIMEOUT_S, alone, run, started, torchrun
+from tests.e2e.launch import alone, run, started, torchrun
 from tests.unit.train import material
 
 CONFIG = """
@@ -119,7 +119,7 @@ def test_an_interrupt_ends_the_process_at_once(work_dir: Path) -> None:
         assert process.stdout is not None
         assert any(re.match("step +3/", line) for line in process.stdout)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=TIMEOUT_S)
+        _, stderr = process.communicate()  # bounded by the watchdog
     assert process.returncode == 130
     assert stderr == "stillframe train: interrupted\n"
 
