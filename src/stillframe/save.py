@@ -67,7 +67,8 @@ def run_save(
     """Take this rank's part in the attempt; blocks, bounded by the job's timeout at each step.
 
     `on_published` is called as soon as this rank knows that the checkpoint is published; the link and retention
-    follow. Raises StillframeError, on every rank, if it was not published; nothing of it is visible then.
+    follow. Raises StillframeError, on every rank, if it was not published; nothing of it is visible then. A rank that
+    loses touch with rank 0 before the verdict raises too, and cannot know.
     """
     try:
         if meeting.rank == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from stillframe.commit.rendezvous import Rendezvous
 from stillframe.errors import SaveFailed, SaveTimeout
 
 _FAILURE_GRACE_S = 60.0
-_VERDICT_SLACK_S = 60.0
+_LONGEST_DECISION_S = 60.0
+_SHORTEST_DECISION_S = 5.0
 _MAX_REASONS = 16
 
 
@@ -134,7 +135,7 @@ class Ballot:
     def await_verdict(self) -> None:
         """Block until rank 0 decided. Raises the failure if it is not published, SaveTimeout if there is no verdict."""
         # Rank 0 may write for as long as is allowed, then wait for votes as long, before it proves and publishes.
-        answer = self._get("verdict", 2 * self._timeout_s + _VERDICT_SLACK_S, "to decide")
+        answer = self._get("verdict", 2 * self._timeout_s + self._decision_s, "to decide", " (it may be published)")
         if answer is not None:
             raise Failure(**answer).exception(step=self._step, path=self._path)
 
@@ -144,13 +145,14 @@ class Ballot:
 
     def await_aftermath(self) -> Aftermath:
         """Block until rank 0 is done with the attempt."""
-        fields = self._get("aftermath", self._timeout_s + _VERDICT_SLACK_S, "to remove what is superseded")
+        fields = self._get("aftermath", self._timeout_s + self._decision_s, "to remove what is superseded")
         trouble = None if fields["trouble"] is None else Failure(**fields["trouble"])
         return Aftermath(trouble=trouble, steps=tuple(fields["steps"]))
 
     def acknowledge(self) -> None:
         """This rank has heard all that it waits for and needs the store no more for this attempt."""
-        with self._reaching_rank_0():
+        # Only a rank 0 that waits to leave wants to know; one that is gone does not, and that is no failure.
+        with suppress(ConnectionError):
             self._meeting.store.add(self._key("seen"), 1)
 
     def await_acknowledged(self, timeout_s: float) -> bool:
@@ -171,6 +173,11 @@ class Ballot:
     def _key(self, name: str) -> str:
         return f"stillframe/{self.attempt}/{name}"
 
+    @property
+    def _decision_s(self) -> float:
+        """How long rank 0 may take from the last vote to the verdict."""
+        return min(_LONGEST_DECISION_S, max(_SHORTEST_DECISION_S, self._timeout_s))
+
     def _is_decided(self) -> bool:
         with self._reaching_rank_0():
             return self._meeting.store.has(self._key("verdict"))
@@ -179,13 +186,13 @@ class Ballot:
         with self._reaching_rank_0():
             self._meeting.store.set(self._key(name), json.dumps(message))
 
-    def _get(self, name: str, timeout_s: float, purpose: str) -> Any:
-        with self._reaching_rank_0():
+    def _get(self, name: str, timeout_s: float, purpose: str, remark: str = "") -> Any:
+        with self._reaching_rank_0(remark):
             try:
                 return json.loads(self._meeting.store.get(self._key(name), timeout_s))
             except TimeoutError as error:
                 raise SaveTimeout(
-                    f"rank {self._meeting.rank} waited {timeout_s:.0f} s for rank 0 {purpose}",
+                    f"rank {self._meeting.rank} waited {timeout_s:.0f} s for rank 0 {purpose}{remark}",
                     step=self._step,
                     rank=0,
                     stage="vote",
@@ -193,11 +200,11 @@ class Ballot:
                 ) from error
 
     @contextmanager
-    def _reaching_rank_0(self) -> Iterator[None]:
+    def _reaching_rank_0(self, remark: str = "") -> Iterator[None]:
         try:
             yield
         except ConnectionError as error:
-            reason = f"rank 0's process, which holds the store, cannot be reached ({error})"
+            reason = f"rank 0's process, which holds the store, cannot be reached: {error}{remark}"
             raise SaveFailed(reason, step=self._step, rank=0, stage="vote", path=self._path) from error
 
     def _raise_failures(self, votes: dict[int, Vote]) -> None:
