@@ -44,7 +44,7 @@ def continuation(model: torch.nn.Module, tokenizer: object, **inputs: torch.Tens
 
 
 def show(prompt: str, text: str) -> None:
-    print(f"  {prompt} ▸ {text}")
+    print(f"  {prompt} ... {text}")
 
 
 if __name__ == "__main__":

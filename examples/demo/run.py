@@ -48,6 +48,8 @@ class DemoFailed(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train, export meanwhile, and check the export.")
     parser.add_argument("--dir", type=Path, default=Path("runs/demo"), help="the demo's folder, replaced if it is one")
+    # What a barely trained model writes may be any bytes, and a terminal may take ASCII only.
+    sys.stdout.reconfigure(errors="replace")
     demo_dir = parser.parse_args().dir
     started_s = time.perf_counter()
     try:
@@ -123,6 +125,7 @@ def started(command: list[str], *, timeout_s: float) -> Iterator[subprocess.Pope
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONIOENCODING": "utf-8",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

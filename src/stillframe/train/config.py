@@ -54,14 +54,15 @@ class DataConfig:
 class TrainingConfig:
     """[training] How long, how much at once, and where. Exactly one of `total_steps` and `epochs` is given.
 
-    One optimizer step takes `micro_batch_size` sequences per rank, `gradient_accumulation_steps` times.
+    `compute_dtype` defaults to `model.dtype`. One optimizer step takes `micro_batch_size` sequences per rank,
+    `gradient_accumulation_steps` times.
     """
 
     total_steps: int | None = key(rules.integer(at_least=1), None)
     epochs: int | None = key(rules.integer(at_least=1), None)
     micro_batch_size: int = key(rules.integer(at_least=1), 1)
     gradient_accumulation_steps: int = key(rules.integer(at_least=1), 1)
-    compute_dtype: str = key(rules.one_of("float32", "bfloat16"), "float32")
+    compute_dtype: str | None = key(rules.one_of("float32", "bfloat16"), None)
     device: str = key(rules.one_of("auto", "cpu", "cuda"), "auto")
     log_interval: int = key(rules.integer(at_least=1), 1)
 
@@ -214,6 +215,8 @@ def _check_together(config: TrainConfig, source: str) -> None:
             f"{source}: optimizer.warmup_steps = {optimizer.warmup_steps}: "
             f"must be at most training.total_steps = {training.total_steps}"
         )
+    if model.dtype == "bfloat16" and training.compute_dtype == "float32":
+        raise OptionError(f"{source}: training.compute_dtype = 'float32' needs model.dtype = 'float32'")
     for hook in config.hooks:
         module, colon, name = hook.partition(":")
         if not (module and colon and name):

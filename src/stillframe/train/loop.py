@@ -49,7 +49,7 @@ class Trainer:
         self.hooks = list(hooks)
         self.run_dir = Path(config.run_dir)
         self.step = 0
-        self.compute_dtype: torch.dtype = getattr(torch, config.training.compute_dtype)
+        self.compute_dtype: torch.dtype = getattr(torch, config.training.compute_dtype or config.model.dtype)
 
         _require_fresh(self.run_dir)
         self.tokenizer = models.load_tokenizer(config.model)
@@ -170,7 +170,7 @@ class Trainer:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return (
             f"{type(self.model).__name__.removeprefix('FSDP')}, {parameters / 1e6:.1f} million parameters, "
-            f"{self.config.training.compute_dtype}, on {self.ranks.world_size} x {self.ranks.device.type}; "
+            f"{str(self.compute_dtype).removeprefix('torch.')}, on {self.ranks.world_size} x {self.ranks.device.type}; "
             f"{self.data.tokens_per_epoch:,} tokens an epoch, {self.data.tokens_per_step:,} a step, "
             f"{self.total_steps} steps"
         )

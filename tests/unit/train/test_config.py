@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,6 @@ KEYS: list[tuple[str, object, list[object]]] = [
 
 
 def minimal() -> dict[str, Any]:
-    import tomllib
-
     return tomllib.loads(MINIMAL)
 
 
@@ -79,6 +78,12 @@ def test_every_key_is_tested() -> None:
     keys = {field.name for field in dataclasses.fields(TrainConfig)} - set(SECTIONS)
     keys |= {f"{name}.{field.name}" for name, kind in SECTIONS.items() for field in dataclasses.fields(kind)}
     assert keys == {key for key, _, _ in KEYS}
+
+
+def test_every_key_is_documented() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "trainer.md").read_text()
+    documented = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert sorted(documented) == sorted(key.rpartition(".")[2] for key, _, _ in KEYS)
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, value, _ in KEYS])
@@ -119,11 +124,13 @@ def test_missing_key_is_named(key: str) -> None:
         ("model", {"path": None, "config": {"model_type": "qwen3"}}, "model.tokenizer is missing"),
         ("training", {"total_steps": None}, "exactly one of training.total_steps and training.epochs"),
         ("training", {"epochs": 1}, "exactly one of training.total_steps and training.epochs"),
+        ("training", {"compute_dtype": "float32"}, "'float32' needs model.dtype = 'float32'"),
         ("optimizer", {"warmup_steps": 11}, "at most training.total_steps = 10"),
     ],
 )
 def test_contradictions_are_refused(section: str, changes: dict[str, object], message: str) -> None:
     table = minimal()
+    table["model"]["dtype"] = "bfloat16"
     inner = table.setdefault(section, {})
     inner.update(changes)
     table[section] = {name: value for name, value in inner.items() if value is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from stillframe.errors import OptionError
-from stillframe.testing import run_ranks
+from stillframe.testing import models, run_ranks
 from stillframe.train import parallel
 from stillframe.train.loop import Trainer
 from tests.unit.train import material
@@ -166,9 +168,16 @@ def test_loss_is_that_of_transformers_with_and_without_router_loss(tmp_path: Pat
         assert (aux_loss > 0) == bool(fields)
 
 
-def test_documents_in_one_sequence_do_not_see_each_other(tmp_path: Path) -> None:
-    data = {"seq_len": 128}
-    trainer = Trainer(material.config(tmp_path, data=data), parallel.start_ranks("cpu"))
+@pytest.mark.parametrize("make_model", [None, models.tiny_qwen3_vl_moe], ids=["text", "vision and text"])
+def test_documents_in_one_sequence_do_not_see_each_other(
+    tmp_path: Path, make_model: Callable[[], PreTrainedModel] | None
+) -> None:
+    table = material.table(tmp_path, data={"seq_len": 128})
+    if make_model is not None:
+        make_model().save_pretrained(tmp_path / "model")
+        models.tiny_tokenizer().save_pretrained(tmp_path / "model")
+        table["model"] = {"path": str(tmp_path / "model")}
+    trainer = Trainer(material.parse_config(table, source="test"), parallel.start_ranks("cpu"))
     trainer.model.eval()
     batch = trainer.data.batch(1, 0)
     starts = (batch.position_ids[0] == 0).nonzero().flatten().tolist()
@@ -221,3 +230,12 @@ def test_warm_up_longer_than_the_epochs_is_refused(tmp_path: Path) -> None:
         OptionError, match=r"optimizer.warmup_steps = 10000: must be at most the \d+ steps of .*epochs = 1"
     ):
         Trainer(material.parse_config(table, source="test"), parallel.start_ranks("cpu"))
+
+
+def test_parameters_can_be_bfloat16(tmp_path: Path) -> None:
+    bfloat16 = {"model": {"config": material.QWEN3_MOE, "dtype": "bfloat16"}, "training": {"micro_batch_size": 2}}
+    alone = take_steps(tmp_path, bfloat16, 2)
+    both = run_ranks(2, take_steps, tmp_path, bfloat16 | {"training": {}}, 2)
+    for result in [alone, *both]:
+        assert result.parameter_dtypes == {torch.bfloat16}
+        assert result.losses == pytest.approx(alone.losses, rel=2e-2)
