@@ -103,7 +103,7 @@ def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterCl
     ballot.cast(_write(job, ballot.attempt, meeting, writer, tracker))
     try:
         ballot.collect()
-        receipts = [_receipt(publication.hidden_dir, rank) for rank in range(meeting.world_size)]
+        receipts = [_receipt(job, publication.hidden_dir, rank) for rank in range(meeting.world_size)]
         published = list_checkpoints(job.run_dir, job.layout.kind)
         sequence = 1 + max((entry.sequence for entry in published), default=0)
         publication.publish(receipts, sequence=sequence, git_commit=job.git_commit, versions=job.versions)
@@ -124,8 +124,12 @@ def _given_up(publication: Publication, error: Exception, stage: str) -> Failure
     return failure
 
 
-def _receipt(hidden_dir: Path, rank: int) -> Receipt:
-    return decode_receipt((hidden_dir / names.receipt_name(rank)).read_bytes())
+def _receipt(job: SaveJob, hidden_dir: Path, rank: int) -> Receipt:
+    try:
+        return decode_receipt((hidden_dir / names.receipt_name(rank)).read_bytes())
+    except (OSError, ValueError) as error:
+        reason = f"its receipt cannot be used: {error}"
+        raise SaveFailed(reason, step=job.step, rank=rank, stage="publish", path=job.final_dir) from error
 
 
 def _after_publication(job: SaveJob, attempt: str, publication: Publication) -> Aftermath:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 
 import torch
 
@@ -29,12 +30,12 @@ class Arena:
             raise StillframeError(
                 f"cannot allocate {self.size_bytes} bytes of shared memory for this rank's snapshot: {error.strerror}"
             ) from error
+        self._close_fd = weakref.finalize(self, os.close, self.fd)  # for an arena that is dropped without `close`
         self.bytes: torch.Tensor = torch.frombuffer(mapped, dtype=torch.uint8)
         """The whole arena as a flat uint8 tensor; empty once it is closed."""
 
     def close(self) -> None:
         """Give the descriptor back. The mapping goes with its last view; the memory when the writer lets go too."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-            self.bytes = torch.empty(0, dtype=torch.uint8)
+        self._close_fd()
+        self.fd = -1
+        self.bytes = torch.empty(0, dtype=torch.uint8)
