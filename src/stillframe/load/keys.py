@@ -107,13 +107,22 @@ def _conversions(model: PreTrainedModel) -> list[WeightTransform]:
     from before it.
     """
     known: list[WeightTransform] = get_model_conversion_mapping(model)
-    patterns = {(tuple(t._original_source_patterns), tuple(t._original_target_patterns)) for t in known}
-    own = []
-    for transform in getattr(model, "_weight_conversions", None) or ():
-        sources, targets = transform._original_source_patterns, transform._original_target_patterns
-        if type(transform) is WeightRenaming and (tuple(sources), tuple(targets)) not in patterns:
-            own.append(WeightRenaming(list(sources), list(targets)))
+    patterns = {_patterns(transform) for transform in known}
+    own = [
+        deepcopy(transform)  # renaming leaves marks, from which a save concludes what to undo
+        for transform in getattr(model, "_weight_conversions", None) or ()
+        if type(transform) is WeightRenaming and _patterns(transform) not in patterns
+    ]
     return own + known
+
+
+def _patterns(transform: WeightTransform) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
+    """What tells renamings apart: scope, source and target patterns.
+
+    As they are applied, not as they were given (`_original_source_patterns`): a save of the model rewrites the latter,
+    for `reverse_transform` hands them on to be processed in place.
+    """
+    return transform.scope_prefix, tuple(transform.source_patterns), tuple(transform.target_patterns)
 
 
 def _assign(
