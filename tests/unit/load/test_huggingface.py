@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, conversion_mapping
+from transformers import PreTrainedModel, Tipsv2TextConfig, Tipsv2TextModel, conversion_mapping
 from transformers.core_model_loading import Chunk, PermuteForRope, WeightConverter
 
 import stillframe
@@ -235,24 +235,19 @@ def test_renamings_that_the_model_was_loaded_with_are_known(tmp_path: Path) -> N
     assert torch.equal(model.model.norm.weight, saved.model.norm.weight)
 
 
-def test_a_save_does_not_change_what_a_later_load_undoes(tmp_path: Path) -> None:
-    """Saving makes Transformers rewrite the patterns that a model was loaded with: here it drops the lookbehind."""
-    saved = tiny_qwen3(seed=1)
-    for directory in (tmp_path, tmp_path / "short"):
-        saved.save_pretrained(directory)
-
-    def shorten(tensors: dict[str, torch.Tensor]) -> None:
-        for name in list(tensors):
-            tensors[name.replace("model.layers.", "layers.")] = tensors.pop(name)
-
-    edit(tmp_path / "short", shorten)
-    model = type(saved).from_pretrained(tmp_path / "short", key_mapping={r"(?<!model\.)layers\.": "model.layers."})
+def test_a_model_that_was_loaded_and_then_saved_can_be_loaded_again(tmp_path: Path) -> None:
+    """Saving makes Transformers rewrite the patterns that a model was loaded with, which are still its own."""
+    config = Tipsv2TextConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    saved = Tipsv2TextModel(config)
+    saved.save_pretrained(tmp_path)
+    model = Tipsv2TextModel.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path / "again")
-    for directory in (tmp_path, tmp_path / "short"):
-        with torch.no_grad():
-            model.model.layers[0].mlp.up_proj.weight.zero_()
-        stillframe.load_hf(directory, model)
-        assert_same(values(model), values(saved))
+    with torch.no_grad():
+        model.embeddings.token_embedding.weight.zero_()
+    stillframe.load_hf(tmp_path / "again", model)
+    assert_same(values(model), values(saved))
 
 
 def test_a_tied_weight_is_loaded_from_either_name_or_from_both(tmp_path: Path) -> None:
