@@ -168,6 +168,23 @@ def test_loss_is_that_of_transformers_with_and_without_router_loss(tmp_path: Pat
         assert (aux_loss > 0) == bool(fields)
 
 
+def test_router_losses_are_averaged_over_micro_batches(tmp_path: Path) -> None:
+    router = {"output_router_logits": True, "router_aux_loss_coef": 10.0}
+    training = {"micro_batch_size": 2, "gradient_accumulation_steps": 2}
+    sections = UNCLIPPED | {"model": {"config": material.QWEN3_MOE | router}, "training": training}
+    trainer = Trainer(material.config(tmp_path, **sections), parallel.start_ranks("cpu"))
+    batches = trainer.batches(1)
+    parts = [trainer.loss(batch) for batch in batches]
+    label_tokens = sum(batch.label_tokens for batch in batches)
+    whole_loss = sum(token_loss for token_loss, _ in parts) / label_tokens + sum(aux for _, aux in parts) / 2
+    whole_loss.backward()
+    expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    actual = take_steps(tmp_path, sections, 1).first_grads
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("make_model", [None, models.tiny_qwen3_vl_moe], ids=["text", "vision and text"])
 def test_documents_in_one_sequence_do_not_see_each_other(
     tmp_path: Path, make_model: Callable[[], PreTrainedModel] | None
