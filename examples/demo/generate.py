@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-PROMPTS = ['The "break" statement', "The following sections describe"]
-QUESTION = "What does Python's help say about 'lambda'?"
+PROMPTS = ['The "break" statement', '"break" may only occur']
+QUESTION = "What does Python's help say about 'if'?"
 
 
 def main(checkpoint_dir: str) -> None:
@@ -39,7 +39,7 @@ def main(checkpoint_dir: str) -> None:
 
 
 def continuation(model: torch.nn.Module, tokenizer: object, **inputs: torch.Tensor) -> str:
-    output = model.generate(**inputs, max_new_tokens=24, do_sample=True, temperature=0.7, top_k=20)
+    output = model.generate(**inputs, max_new_tokens=32, do_sample=True, temperature=0.3, top_k=5)
     return " ".join(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).split())
 
 
