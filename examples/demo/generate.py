@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-PROMPTS = ['The "break" statement', '"break" may only occur']
+PROMPTS = ['The "break" statement', 'The "while" statement']
 QUESTION = "What does Python's help say about 'if'?"
 
 
