@@ -39,7 +39,7 @@ def run(run_dir: Path, log_path: Path, *options: str, overwrite: bool) -> tuple[
         timeout=60,
         cwd=REPOSITORY_DIR,
         check=False,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY_DIR), "PYTHONDONTWRITEBYTECODE": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY_DIR), *filter(None, sys.path)])},
     )
     if "Operation not permitted" in done.stderr and "ptrace" in done.stderr:
         pytest.skip(f"tracing is not permitted here: {done.stderr.strip()}")

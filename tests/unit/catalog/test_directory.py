@@ -66,6 +66,11 @@ def a_link_to_a_checkpoint(run_dir: Path) -> None:
     (run_dir / "hf-7").symlink_to("hf-5")
 
 
+def a_link_to_a_checkpoint_elsewhere(run_dir: Path) -> None:
+    add_checkpoint(run_dir, 7, sequence=9, directory=run_dir / "elsewhere")
+    (run_dir / "hf-7").symlink_to("elsewhere")
+
+
 def a_dangling_link(run_dir: Path) -> None:
     (run_dir / "hf-7").symlink_to("nowhere")
 
@@ -124,6 +129,7 @@ def a_step_in_other_digits(run_dir: Path) -> None:
         a_file,
         a_fifo,
         a_link_to_a_checkpoint,
+        a_link_to_a_checkpoint_elsewhere,
         a_dangling_link,
         a_link_to_itself,
         an_empty_directory,
