@@ -128,5 +128,5 @@ def retire(directory: Path, retired: Path) -> None:
 
 def remove_tree(directory: Path) -> None:
     """Remove a directory and what is in it; one that is not there is fine. Follows no links. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError):
+    if os.path.lexists(directory):
         shutil.rmtree(directory)
