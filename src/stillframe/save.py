@@ -94,13 +94,13 @@ def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterCl
     try:
         if job.snapshot_failure is not None:
             raise job.snapshot_failure.exception(step=job.step, path=job.final_dir)
-        publication.prepare(job.inline_files)
+        inline_files = publication.prepare(job.inline_files)
     except Exception as error:
         failure = _given_up(publication, error, "prepare")
         ballot.open(failure)
         raise failure.exception(step=job.step, path=job.final_dir) from error
     ballot.open(None, layout_digest=job.layout.digest)
-    ballot.cast(_write(job, ballot.attempt, meeting, writer, tracker))
+    ballot.cast(_write(replace(job, inline_files=inline_files), ballot.attempt, meeting, writer, tracker))
     try:
         ballot.collect()
         receipts = [_receipt(job, publication.hidden_dir, rank) for rank in range(meeting.world_size)]

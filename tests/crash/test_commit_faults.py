@@ -169,6 +169,7 @@ def test_each_change_is_durable_before_the_next_one_relies_on_it(tmp_path: Path)
         ("and its name", rf"fsync\(\d+<{hidden}/.stillframe>"),
         ("the work directory has its name", rf"fsync\(\d+<{hidden}>"),
         ("the hidden directory has its name", rf"fsync\(\d+<{run_dir}>"),
+        ("the config comes when all is proven", r"rename\w*\(.*\.stillframe/config\.json\""),
         ("the manifest has its content", rf"fsync\(\d+<{hidden}{temporary}"),
         ("the manifest gets its name", rf"rename\w*\(.*{temporary}\""),
         ("which is durable", rf"fsync\(\d+<{hidden}>"),

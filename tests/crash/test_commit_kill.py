@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from awscrt.checksums import crc64nvme
+from transformers import AutoModelForCausalLM
 
 import stillframe
 from stillframe.errors import SaveFailed, SaveTimeout
@@ -105,6 +106,9 @@ def test_the_others_learn_of_a_killed_trainer_and_nothing_half_is_published(tmp_
         assert "rank 0's process, which holds the store, cannot be reached" in said
         # Nobody is left who could remove or publish it; it is not taken for a checkpoint.
         assert names(tmp_path) == [".hf-2.incomplete", "hf-1", "hf-latest"]
+        # Neither by us, nor by a reader who is pointed at it: its weights have their full size from the start.
+        with pytest.raises((OSError, ValueError), match=r"config\.json"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / ".hf-2.incomplete")
     else:
         assert cls is SaveTimeout
         assert "rank 1 did not report within 3 s" in said
@@ -130,7 +134,7 @@ def test_writers_of_a_killed_job_never_write_into_the_directory_of_the_next(tmp_
                 for writer in writers:
                     signal.pidfd_send_signal(writer, signal.SIGCONT)
                 held.wait_until_wanted()
-                assert (hidden_dir / "config.json").exists()
+                assert (hidden_dir / "generation_config.json").exists()
                 assert not list(hidden_dir.glob(".stillframe/receipt-*"))
             for rank in (0, 1):
                 ranks.send_signal(rank, signal.SIGKILL)

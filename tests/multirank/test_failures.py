@@ -155,7 +155,7 @@ def truncate_the_weights(hidden_dir: Path) -> None:
 
 
 def remove_the_config(hidden_dir: Path) -> None:
-    (hidden_dir / "config.json").unlink()
+    (hidden_dir / ".stillframe/config.json").unlink()
 
 
 def alter_a_receipt(hidden_dir: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +22,11 @@ from stillframe.manifest import FileEntry, Manifest, TensorEntry, encode_manifes
 from stillframe.records import FileLayout, InlineFile, Layout, Receipt, WrittenExtent
 
 _log = logging.getLogger("stillframe")
+
+_HELD_BACK = "config.json"
+"""Written into the work directory, and moved to its place last: without it nobody loads a directory whose weights, of
+full size from the start, may still be zeros."""
+_STAGED = f"{names.WORK_DIR_NAME}/{_HELD_BACK}"
 
 
 class Publication:
@@ -39,14 +45,15 @@ class Publication:
         self.hidden_dir = names.incomplete_path(run_dir, layout.kind, step)
         self._inline_files: dict[str, InlineFile] = {}
 
-    def prepare(self, inline_files: Sequence[InlineFile]) -> None:
+    def prepare(self, inline_files: Sequence[InlineFile]) -> tuple[InlineFile, ...]:
         """Make the hidden directory, empty but for the attempt's marker; durable on return.
 
-        `inline_files` must be in the directory, as they are, for it to be published. Before anything is made: refuses
-        a step that is published (unless overwriting, and then only what is recognised as a checkpoint of that step),
-        and a file system without room. What an earlier attempt at this step left behind is removed.
+        Returns the `inline_files` under the names by which they must be written for the directory to be published.
+        Before anything is made: refuses a step that is published (unless overwriting, and then only what is recognised
+        as a checkpoint of that step), and a file system without room. What an earlier attempt at this step left behind
+        is removed.
         """
-        self._inline_files = {file.name: file for file in inline_files}
+        self._inline_files = {file.name: file for file in map(_while_incomplete, inline_files)}
         self._refuse_existing()
         if self._overwrite:
             self._refuse_lack_of_exchange()
@@ -58,6 +65,7 @@ class Publication:
         durable.fsync_dir(self.hidden_dir / names.WORK_DIR_NAME)
         durable.fsync_dir(self.hidden_dir)
         durable.fsync_dir(self._run_dir)
+        return tuple(self._inline_files.values())
 
     def _retire_leftovers(self) -> None:
         """Free the hidden name, which an earlier attempt at this step may have left taken.
@@ -124,6 +132,9 @@ class Publication:
         Raises SaveFailed, with nothing published, if the receipts or the files on disk leave any doubt.
         """
         files, tensors = self._prove(receipts)
+        if _STAGED in files:
+            (self.hidden_dir / _STAGED).rename(self.hidden_dir / _HELD_BACK)
+            files[_HELD_BACK] = files.pop(_STAGED)
         written = [receipt.bytes_written for receipt in receipts]
         manifest = Manifest(
             kind=self._layout.kind,
@@ -140,7 +151,7 @@ class Publication:
             tensors=tensors,
         )
         durable.write_file(self.hidden_dir / names.MANIFEST_NAME, encode_manifest(manifest))
-        # The manifest proves what the receipts proved; it must be durable before they go.
+        # The manifest proves what the receipts proved; it must be durable before they go (and the config with it).
         durable.fsync_dir(self.hidden_dir)
         shutil.rmtree(self.hidden_dir / names.WORK_DIR_NAME)
         durable.fsync_dir(self.hidden_dir)
@@ -242,6 +253,10 @@ class Publication:
 
     def _failed(self, cls: type[SaveFailed], reason: str, stage: str) -> SaveFailed:
         return cls(reason, step=self._step, rank=0, stage=stage, path=self.final_dir)
+
+
+def _while_incomplete(file: InlineFile) -> InlineFile:
+    return replace(file, name=_STAGED) if file.name == _HELD_BACK else file
 
 
 def _combined(extents: Sequence[WrittenExtent]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from awscrt.checksums import crc64nvme
@@ -71,11 +71,17 @@ class Attempt:
     def publication(self, run_dir: Path, *, overwrite: bool = False) -> Publication:
         return Publication(run_dir, self.layout, step=self.step, attempt=self.attempt, overwrite=overwrite)
 
+    @property
+    def staged_files(self) -> tuple[InlineFile, ...]:
+        """The small files under the names that they have until the publication."""
+        staged = {"config.json": ".stillframe/config.json"}
+        return tuple(replace(file, name=staged.get(file.name, file.name)) for file in self.inline_files)
+
     def write(self, directory: Path) -> None:
         """Put every file where the writers would have put it."""
         for name, content in self.contents.items():
             (directory / name).write_bytes(content)
-        for file in self.inline_files:
+        for file in self.staged_files:
             (directory / file.name).parent.mkdir(exist_ok=True)
             (directory / file.name).write_bytes(file.content)
 
@@ -86,7 +92,7 @@ class Attempt:
         ]
 
     def _receipt(self, rank: int, pieces: Sequence[Piece]) -> Receipt:
-        inline = [self._inline_receipt(file) for file in self.inline_files] if rank == 0 else []
+        inline = [self._inline_receipt(file) for file in self.staged_files] if rank == 0 else []
         files = [self._file_receipt(name, [p for p in pieces if p.file == name]) for name in self.items]
         return Receipt(
             kind="hf",

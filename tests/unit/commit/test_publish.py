@@ -65,6 +65,22 @@ def test_a_whole_attempt_gets_its_name_and_a_manifest_of_all_its_bytes(tmp_path:
         assert entry.crc64nvme == f"{crc64nvme(tensor_bytes):016x}"
 
 
+def test_the_config_comes_last_so_that_nobody_loads_what_is_not_whole(tmp_path: Path) -> None:
+    publication = WHOLE.publication(tmp_path)
+    to_write = publication.prepare(INLINE_FILES)
+    assert to_write == WHOLE.staged_files
+    assert "config.json" not in {file.name for file in to_write}
+    assert ".stillframe/config.json" in {file.name for file in to_write}
+    WHOLE.write(publication.hidden_dir)
+    pieces = WHOLE.item_pieces()
+    with pytest.raises(SaveFailed):
+        publish(publication, WHOLE.receipts(pieces[1:]))
+    assert not (publication.hidden_dir / "config.json").exists()
+    publish(publication, WHOLE.receipts(pieces))
+    assert (publication.final_dir / "config.json").read_bytes() == INLINE_FILES[0].content
+    assert "config.json" in read_manifest(publication.final_dir).files
+
+
 def test_the_hidden_directory_is_marked_with_its_attempt_from_the_start(tmp_path: Path) -> None:
     publication = WHOLE.publication(tmp_path)
     publication.prepare(INLINE_FILES)
@@ -236,7 +252,7 @@ def test_ranks_that_know_a_file_with_different_sizes_are_refused() -> None:
 
 def change_inline(receipts: list[Receipt], change: Callable[[FileReceipt], FileReceipt | None]) -> list[Receipt]:
     """Apply `change` to what rank 0 says of config.json; None drops it."""
-    files = (change(file) if file.name == "config.json" else file for file in receipts[0].files)
+    files = (change(file) if file.name == ".stillframe/config.json" else file for file in receipts[0].files)
     return [replace(receipts[0], files=tuple(file for file in files if file is not None)), *receipts[1:]]
 
 
@@ -264,7 +280,7 @@ def test_a_file_that_nobody_asked_for_is_refused() -> None:
         publish_with(receipts)
 
 
-@pytest.mark.parametrize("name", [ONE, "config.json", "code/model.py"])
+@pytest.mark.parametrize("name", [ONE, ".stillframe/config.json", "code/model.py"])
 @pytest.mark.parametrize("what", ["truncated", "longer", "missing", "a link", "a directory"])
 def test_what_is_on_disk_must_be_what_was_written(tmp_path: Path, name: str, what: str) -> None:
     publication = WHOLE.publication(tmp_path)
