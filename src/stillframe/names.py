@@ -5,7 +5,7 @@
 <run>/.hf-<step>.retired-<attempt>/  one that is being deleted: superseded, replaced, or given up
 <run>/hf-latest                      a relative link to the newest export
 <checkpoint>/stillframe.json         the manifest
-<checkpoint>/.stillframe/            while it is incomplete: the marker of its attempt, the ranks' receipts, and config.json
+<checkpoint>/.stillframe/            while it is incomplete: its attempt's marker, the ranks' receipts, config.json
 """
 
 from __future__ import annotations
