@@ -24,7 +24,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from stillframe.errors import UnsupportedPlacement
-from stillframe.layout.placement import Holding, holding
+from stillframe.layout.placement import Holding, Holdings
 
 MESHES = [(1,), (2,), (3,), (4,), (2, 2), (3, 2), (2, 3), (1, 4), (2, 1, 3), (2, 2, 2)]
 
@@ -48,7 +48,7 @@ def distributed(shape: Sequence[int], mesh_shape: tuple[int, ...], placements: S
 
 
 def held(name: str, tensor: torch.Tensor, rank: int, world_size: int) -> Holding:
-    return holding(name, tensor, rank=rank, world_size=world_size, is_parameter=True)
+    return Holdings(rank=rank, world_size=world_size).of(name, tensor, is_parameter=True)
 
 
 def holdings(
@@ -226,7 +226,7 @@ def test_what_is_on_a_part_of_the_mesh_is_replicated_over_the_rest(
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
         chosen = mesh._flatten("all") if part == "all" else mesh[part]
         tensor = distribute_tensor(torch.arange(8), chosen, placements, src_data_rank=None)
-        said = holding("norm", tensor, rank=rank, world_size=4, is_parameter=True)
+        said = Holdings(rank=rank, world_size=4).of("norm", tensor, is_parameter=True)
     assert said.replicas == replicas
     assert [(int(s), int(s + n)) for s, n in zip(said.runs.start, said.runs.length, strict=True)] == [elements]
 
@@ -246,7 +246,7 @@ def test_a_plain_tensor_is_held_by_all_ranks_and_a_plain_buffer_by_the_first(
     rank: int, size: int, is_parameter: bool
 ) -> None:
     tensor = torch.arange(size * 2).reshape(size, 2)
-    said = holding("b", tensor, rank=rank, world_size=4, is_parameter=is_parameter)
+    said = Holdings(rank=rank, world_size=4).of("b", tensor, is_parameter=is_parameter)
     assert said.replicas == ((0, 1, 2, 3) if is_parameter else (0,))
     whole = rank in said.replicas
     assert indices(said, tensor if whole else tensor[:0]) == (list(range(size * 2)) if whole else [])

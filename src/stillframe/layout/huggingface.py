@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from stillframe.errors import LayoutError, UnsupportedModel
 from stillframe.layout.casting import Cast, cast_keys, saved_dtype
 from stillframe.layout.keys import Key, KeyMap, runtime_tensors, save_keys
-from stillframe.layout.placement import Holding, holding
+from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.shares import PlacedItem, rank_share
 from stillframe.records import FileLayout, InlineFile, Item, Layout, RankShare
 
@@ -86,10 +86,8 @@ def plan_huggingface(
     if cast is not None:
         key_map = cast_keys(model, tensors, key_map, cast)
     parameters = {id(p) for p in model.parameters()}
-    holdings = {
-        name: holding(name, tensor, rank=rank, world_size=world_size, is_parameter=id(tensor) in parameters)
-        for name, tensor in tensors.items()
-    }
+    held = Holdings(rank=rank, world_size=world_size)
+    holdings = {name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()}
     layout, items = lay_out(
         key_map,
         holdings,

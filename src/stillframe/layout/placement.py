@@ -14,7 +14,9 @@ from functools import lru_cache
 from itertools import product
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -38,64 +40,113 @@ class Holding:
     signature: str
 
 
-def holding(name: str, tensor: torch.Tensor, *, rank: int, world_size: int, is_parameter: bool) -> Holding:
-    """What `rank` holds of `tensor`, a DTensor or a plain tensor that all ranks of the job hold alike.
+class Holdings:
+    """What `rank` of `world_size` holds of each tensor of a model; equal distributions are worked out once."""
 
-    A plain buffer counts as held by rank 0 alone: ranks may differ in their running statistics, and a file
-    must not mix them. Raises UnsupportedPlacement where the distribution cannot be described exactly.
-    """
-    if not isinstance(tensor, DTensor):
-        replicas = tuple(range(world_size)) if is_parameter else (0,)
-        whole = Runs.of([(0, 0, 0, tensor.numel())] if tensor.numel() and rank in replicas else [])
-        return Holding(runs=whole, replicas=replicas, signature=f"replicas={len(replicas)}")
-    mesh = tensor.device_mesh
-    placements = tuple(tensor.placements)
-    _refuse_unsupported(name, placements)
-    whole_mesh = mesh._get_root_mesh().mesh
-    mesh_ranks = sorted(whole_mesh.flatten().tolist())
-    if mesh_ranks != list(range(world_size)):
+    def __init__(self, *, rank: int, world_size: int) -> None:
+        self._rank = rank
+        self._everyone = tuple(range(world_size))
+        self._places: dict[int, _Place] = {}
+        self._known: dict[tuple[object, ...], tuple[Holding, tuple[int, ...]]] = {}
+
+    def of(self, name: str, tensor: torch.Tensor, *, is_parameter: bool) -> Holding:
+        """What the rank holds of `tensor`, a DTensor or a plain tensor that all ranks of the job hold alike.
+
+        A plain buffer counts as held by rank 0 alone: ranks may differ in their running statistics, and a file
+        must not mix them. Raises UnsupportedPlacement where the distribution cannot be described exactly.
+        """
+        if not isinstance(tensor, DTensor):
+            replicas = self._everyone if is_parameter else (0,)
+            held = tensor.numel() and (is_parameter or self._rank == 0)
+            whole = Runs.of([(0, 0, 0, tensor.numel())] if held else [])
+            return Holding(runs=whole, replicas=replicas, signature=f"replicas={len(replicas)}")
+        mesh, placements, shape = tensor.device_mesh, tuple(tensor.placements), tuple(tensor.shape)
+        key = (id(mesh), placements, shape)
+        if key not in self._known:
+            if id(mesh) not in self._places:
+                self._places[id(mesh)] = _place(name, mesh, self._everyone)
+            self._known[key] = _held(name, shape, placements, self._places[id(mesh)])
+        holding, expected = self._known[key]
+        local_shape = tuple(tensor._local_tensor.shape)
+        if expected != local_shape and (tensor._local_tensor.numel() or 0 not in expected):
+            raise UnsupportedPlacement(
+                f"{name}: this rank's shard has shape {local_shape} but {placements} of {shape} over "
+                f"{tuple(mesh.shape)} devices makes it {expected}"
+            )
+        return holding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """This rank's place in a mesh, and the mesh's in the one that spans the job; `mesh` is kept so that its id is."""
+
+    mesh: DeviceMesh
+    ranks: npt.NDArray[np.int64]
+    coordinate: tuple[int, ...]
+    whole: npt.NDArray[np.int64]
+    whole_coordinate_of: npt.NDArray[np.int64]
+    is_dim_of_part: tuple[bool, ...]
+
+
+def _place(name: str, mesh: DeviceMesh, everyone: tuple[int, ...]) -> _Place:
+    whole = np.asarray(mesh._get_root_mesh().mesh.numpy(), dtype=np.int64)
+    flat = whole.reshape(-1)
+    if not np.array_equal(np.sort(flat), np.arange(len(everyone))):
         raise UnsupportedPlacement(
-            f"{name}: its mesh {mesh} belongs to one of ranks {mesh_ranks} but the job has ranks 0..{world_size - 1}; "
-            "a tensor must be distributed over a mesh that spans all ranks of the job, or over a part of such a mesh"
+            f"{name}: its mesh {mesh} belongs to one of ranks {sorted(flat.tolist())} but the job has ranks "
+            f"0..{len(everyone) - 1}; a tensor must be distributed over a mesh that spans all ranks of the job, or "
+            "over a part of such a mesh"
         )
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank of a mesh that spans all ranks has a coordinate"
-    shape = tuple(tensor.shape)
-    shards = [_shards_of(dim, placements, tuple(mesh.mesh.shape)) for dim in range(len(shape))]
-    for dim, size in enumerate(shape):
-        _prove_partition(name, dim, size, shards[dim])
-        _refuse_ambiguous(name, dim, size, shards[dim])
-    per_dim = [_held_along(size, shards[dim], tuple(coordinate)) for dim, size in enumerate(shape)]
-    expected = tuple(sum(length for _, length in intervals) for intervals in per_dim)
-    local_shape = tuple(tensor._local_tensor.shape)
-    if expected != local_shape and (tensor._local_tensor.numel() or 0 not in expected):
-        raise UnsupportedPlacement(
-            f"{name}: this rank's shard has shape {local_shape} but {placements} of {shape} over "
-            f"{tuple(mesh.mesh.shape)} devices makes it {expected}"
-        )
-    index = tuple(slice(None) if isinstance(p, Replicate) else c for p, c in zip(placements, coordinate, strict=True))
-    return Holding(
-        runs=_flat_runs(shape, per_dim),
-        replicas=_on_other_parts(name, mesh.mesh, mesh.mesh[index].flatten(), whole_mesh),
-        signature=f"{placements} on {tuple(mesh.mesh.shape)} of {tuple(whole_mesh.shape)}",
+    ranks = np.asarray(mesh.mesh.numpy(), dtype=np.int64)
+    coordinate_of = np.stack(np.unravel_index(np.argsort(flat), whole.shape), axis=-1)
+    extents = [len(np.unique(column)) for column in coordinate_of[ranks.reshape(-1)].T]
+    if math.prod(extents) != ranks.size:
+        raise UnsupportedPlacement(f"{name}: its mesh {ranks.tolist()} is no regular part of {whole.tolist()}")
+    return _Place(
+        mesh=mesh,
+        ranks=ranks,
+        coordinate=tuple(coordinate),
+        whole=whole,
+        whole_coordinate_of=coordinate_of,
+        is_dim_of_part=tuple(extent > 1 for extent in extents),
     )
 
 
-def _on_other_parts(name: str, mesh: torch.Tensor, replicas: torch.Tensor, whole_mesh: torch.Tensor) -> tuple[int, ...]:
-    """All ranks that hold what `replicas` hold, where `mesh` is a part of `whole_mesh`.
+def _held(
+    name: str, shape: tuple[int, ...], placements: tuple[Placement, ...], place: _Place
+) -> tuple[Holding, tuple[int, ...]]:
+    """The holding of a tensor so distributed, and the shape that the local tensor must have."""
+    _refuse_unsupported(name, placements)
+    mesh_shape = place.ranks.shape
+    shards = [_shards_of(dim, placements, mesh_shape) for dim in range(len(shape))]
+    for dim, size in enumerate(shape):
+        _prove_partition(name, dim, size, shards[dim])
+        _refuse_ambiguous(name, dim, size, shards[dim])
+    per_dim = [_held_along(size, shards[dim], place.coordinate) for dim, size in enumerate(shape)]
+    expected = tuple(sum(length for _, length in intervals) for intervals in per_dim)
+    signature = f"{placements} on {mesh_shape} of {place.whole.shape}"
+    return Holding(
+        runs=_flat_runs(shape, per_dim), replicas=_replicas(placements, place), signature=signature
+    ), expected
+
+
+def _replicas(placements: tuple[Placement, ...], place: _Place) -> tuple[int, ...]:
+    """All ranks of the job that hold what this one holds.
 
     A tensor on the part `mesh["fsdp"]` of an (fsdp, tp) mesh, such as a norm, is held alike by all ranks along tp: each
     has it on a part of its own. So the mesh dimensions that the part does not have count as replication.
     """
-    place = {rank: coordinate for coordinate, rank in np.ndenumerate(whole_mesh.numpy())}
-    coordinates = np.array([place[rank] for rank in mesh.flatten().tolist()])
-    extents = [len(set(coordinates[:, dim].tolist())) for dim in range(whole_mesh.dim())]
-    if math.prod(extents) != mesh.numel():
-        raise UnsupportedPlacement(f"{name}: its mesh {mesh.tolist()} is no regular part of {whole_mesh.tolist()}")
+    index = tuple(
+        slice(None) if isinstance(p, Replicate) else c for p, c in zip(placements, place.coordinate, strict=True)
+    )
     held: set[int] = set()
-    for rank in replicas.tolist():
-        index = tuple(c if extent > 1 else slice(None) for c, extent in zip(place[rank], extents, strict=True))
-        held.update(whole_mesh[index].flatten().tolist())
+    for coordinate in place.whole_coordinate_of[place.ranks[index].reshape(-1)].tolist():
+        whole_index = tuple(
+            c if is_dim else slice(None) for c, is_dim in zip(coordinate, place.is_dim_of_part, strict=True)
+        )
+        held.update(place.whole[whole_index].reshape(-1).tolist())
     return tuple(sorted(held))
 
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from stillframe.errors import ModelMismatch, UnsupportedModel
-from stillframe.layout.placement import Holding, holding
+from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.runs import Runs, overlap
 from stillframe.load.directory import WeightFile, listed, open_weights
 from stillframe.load.keys import load_keys
@@ -68,7 +68,9 @@ def load_hf(directory: str | os.PathLike[str], model: nn.Module, *, strict: bool
     inner = _ready_model(model)
     with open_weights(Path(directory)) as files:
         found, reader = _plan(Path(directory), files, inner, strict)
-        held = {target.name: _holding(target) for target in found.targets}
+        holdings = _holdings()
+        # A buffer, too, is held by every rank: each must get its values.
+        held = {t.name: holdings.of(t.name, t.tensor, is_parameter=True) for t in found.targets}
         for target in found.targets:
             _check_ties(Path(directory), reader, target, held[target.name])
         work = [(target, _local_runs(target.runs, held[target.name])) for target in found.targets]
@@ -117,11 +119,10 @@ def _plan(directory: Path, files: Sequence[WeightFile], model: PreTrainedModel, 
     return found, Reader(files, keys.sources)
 
 
-def _holding(target: Target) -> Holding:
+def _holdings() -> Holdings:
     distributed = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    # A buffer, too, is held by every rank: each must get its values.
-    return holding(target.name, target.tensor, rank=rank, world_size=world_size, is_parameter=True)
+    return Holdings(rank=rank, world_size=world_size)
 
 
 def _local_runs(runs: Runs, held: Holding) -> Runs:
