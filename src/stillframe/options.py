@@ -24,7 +24,8 @@ class CheckpointerOptions:
         and modules that transformers keeps in float32, keep their dtype.
     keep_in_fp32: regular expressions; parameters whose key or name in the model matches one are not cast.
     hf_max_keep: how many exports are kept, the newest by publication; None keeps all.
-    save_timeout_s: bound on each wait of a save (for the other ranks' calls, the writing, the verdict).
+    save_timeout_s: bound on each wait of a save (for the other ranks' calls, the writing, the verdict), and on the
+        constructor's wait for the other ranks.
     store_host: address on which rank 0 listens for the others; only needed where they cannot reach it by MASTER_ADDR
         or by its host's name.
     """
