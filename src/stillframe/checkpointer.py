@@ -53,7 +53,8 @@ class Checkpointer:
     """Saves a model, asynchronously and all or nothing, into `run_dir`.
 
     Every rank of the job makes one with the same arguments, after `fully_shard` or DDP (the constructor waits for all
-    ranks), and then calls the same saves in the same order. No call communicates through a process group. Works without torch.distributed too. A context manager: leaving it closes.
+    ranks), and then calls the same saves in the same order. No call communicates through a process group. Works without
+    torch.distributed too. A context manager: leaving it closes.
 
     Args:
         run_dir: where checkpoints appear; on a file system that all ranks share. Created if missing.
