@@ -183,7 +183,7 @@ def _held_along(size: int, shards: _DimShards, coordinate: tuple[int, ...]) -> I
     held: Intervals = ((0, size),)
     for mesh_dim, parts, split_factor in shards:
         blocks = _chunks(held, split_factor)
-        held = tuple(piece for block in blocks for piece in _chunks(block, parts)[coordinate[mesh_dim]])
+        held = tuple(piece for block in blocks for piece in _chunk(block, parts, coordinate[mesh_dim]))
     return _joined(held)
 
 
@@ -200,12 +200,13 @@ def _joined(intervals: Intervals) -> Intervals:
 
 def _chunks(intervals: Intervals, parts: int) -> list[Intervals]:
     """Cut a list of intervals as torch.chunk does, padded with empty chunks to exactly `parts`."""
+    return [_chunk(intervals, parts, index) for index in range(parts)]
+
+
+def _chunk(intervals: Intervals, parts: int, index: int) -> Intervals:
     total = sum(length for _, length in intervals)
     step = -(-total // parts)
-    return [_cut(intervals, min(i * step, total), min((i + 1) * step, total)) for i in range(parts)]
-
-
-def _cut(intervals: Intervals, begin: int, end: int) -> Intervals:
+    begin, end = min(index * step, total), min((index + 1) * step, total)
     cut, position = [], 0
     for start, length in intervals:
         low, high = max(begin, position), min(end, position + length)
@@ -221,11 +222,8 @@ def _partitions(size: int, shards: _DimShards) -> bool:
     held = ((0, size),)
     pieces: list[Intervals] = [held]
     for _, parts, split_factor in shards:
-        pieces = [
-            tuple(x for block in _chunks(piece, split_factor) for x in _chunks(block, parts)[part])
-            for piece in pieces
-            for part in range(parts)
-        ]
+        cut = [[_chunks(block, parts) for block in _chunks(piece, split_factor)] for piece in pieces]
+        pieces = [tuple(x for block in blocks for x in block[part]) for blocks in cut for part in range(parts)]
     position = 0
     for start, length in sorted(interval for piece in pieces for interval in piece):
         if start != position:
@@ -258,6 +256,8 @@ def _refuse_ambiguous(name: str, dim: int, size: int, shards: _DimShards) -> Non
 def _order_matters(size: int, shards: _DimShards) -> bool:
     first = next((i for i, (_, _, split_factor) in enumerate(shards) if split_factor > 1), len(shards))
     later = shards[first + 1 :]
+    if size % math.prod(count for _, count, _ in shards) == 0:
+        return False
     if not later or shards[first][2] != math.prod(count for _, count, _ in later):
         return False  # a _StridedShard of another origin: only torch's own reading exists
     mesh_dim, parts, _ = shards[first]
