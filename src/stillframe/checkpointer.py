@@ -181,7 +181,9 @@ class Checkpointer:
         if error is None:
             self.close()
             return
-        # The process most likely ends now. In one that lives on, the rest is tidied up behind its back.
+        # The process most likely ends now, and must not wait at its exit either. In one that lives on, the rest is
+        # tidied up behind its back.
+        atexit.unregister(self._at_exit)
         threading.Thread(target=self._close_behind, name="stillframe-close", daemon=True).start()
 
     # Behind the calls

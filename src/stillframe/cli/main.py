@@ -28,9 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.command(arguments)
     except (*USER_ERRORS, KeyboardInterrupt) as error:
-        # As the interpreter does for an exception that it reports itself: what runs at exit then knows that the process
-        # ends because of one. A Checkpointer does not wait for its save in flight then.
-        sys.last_value = error
         if not isinstance(error, KeyboardInterrupt):
             _report(f"stillframe {arguments.name}: error: {error}")
             return 2
