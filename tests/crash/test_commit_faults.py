@@ -109,7 +109,8 @@ def test_killed_at_any_step_it_leaves_one_whole_version_and_can_be_done_again(tm
     found = trace(make_run(tmp_path / "traced", overwrite=overwrite), log_path, overwrite=overwrite)
     assert len(found) > 20
     outcomes = []
-    for number, call in enumerate(found):
+    # A process that is killed at an fsync leaves what one leaves that is killed at the change after it.
+    for number, call in enumerate(call for call in found if call.name != "fsync"):
         run_dir = make_run(tmp_path / str(number), overwrite=overwrite)
         status, said = run(run_dir, log_path, *call.injection("signal=SIGKILL"), overwrite=overwrite)
         assert status == -signal.SIGKILL, f"not killed at {call.line}: {said}"

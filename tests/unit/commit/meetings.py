@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,17 @@ NONCE = "0123456789abcdef"
 PATH = Path("/run/hf-5")
 
 
+def serve() -> TCPStore:
+    """A store that this process serves, on a port of the kernel's choice."""
+    # Handing over a socket that listens: left to itself, a TCPStore takes 5 s once in a while (torch 2.13).
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    return TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
 def meetings(world_size: int, *, answer_timeout_s: float = 30.0) -> list[Rendezvous]:
     """One for each rank; rank 0's serves the store."""
-    served = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    served = serve()
     stores = [BoundedStore(served, remote=False, answer_timeout_s=answer_timeout_s)]
     for _ in range(1, world_size):
         client = TCPStore("127.0.0.1", served.port, None, False, wait_for_workers=False)

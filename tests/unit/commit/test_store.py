@@ -11,6 +11,7 @@ from torch.distributed import FileStore, HashStore, TCPStore
 
 from stillframe.commit.store import BoundedStore, within
 from stillframe.testing import Ranks, hold_at
+from tests.unit.commit.meetings import serve
 
 
 @pytest.fixture(params=["hash", "file", "tcp", "tcp from afar"])
@@ -19,8 +20,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> BoundedStore:
         return BoundedStore(HashStore(), remote=False, answer_timeout_s=30)
     if request.param == "file":
         return BoundedStore(FileStore(str(tmp_path / "store"), 1), remote=False, answer_timeout_s=30)
-    served = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    return BoundedStore(served, remote=request.param == "tcp from afar", answer_timeout_s=30)
+    return BoundedStore(serve(), remote=request.param == "tcp from afar", answer_timeout_s=30)
 
 
 def test_what_is_set_is_there(store: BoundedStore) -> None:
@@ -43,9 +43,7 @@ def test_a_wait_in_vain_ends(store: BoundedStore) -> None:
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_queue_keeps_its_order(remote: bool) -> None:
-    store = BoundedStore(
-        TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False), remote=remote, answer_timeout_s=30
-    )
+    store = BoundedStore(serve(), remote=remote, answer_timeout_s=30)
     for text in ("one", "two"):
         store.push("queue", text)
     assert [store.pop("queue", 30) for _ in range(2)] == ["one", "two"]
@@ -63,15 +61,15 @@ def test_a_store_that_was_closed_is_of_no_more_use(store: BoundedStore) -> None:
     store.close()
 
 
-def serve(port_path: Path) -> None:
-    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+def serve_until_released(port_path: Path) -> None:
+    store = serve()
     port_path.write_text(str(store.port))
     hold_at("serving")
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Ranks[None]]:
-    with Ranks(1, serve, tmp_path / "port", backend=None) as ranks:
+    with Ranks(1, serve_until_released, tmp_path / "port", backend=None) as ranks:
         ranks.wait_reached("serving", rank=0)
         yield ranks
 
