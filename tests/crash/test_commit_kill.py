@@ -23,7 +23,7 @@ from stillframe.manifest import read_manifest
 from stillframe.testing import Ranks, hold_at, run_ranks
 from stillframe.testing.models import tiny_qwen3
 from tests.multirank.exports import digests, distribute, filled
-from tests.multirank.held_writers import asked, process_state, wait_until, writer_pid
+from tests.multirank.held_writers import asked, wait_until, wait_until_stopped, writer_pid
 from tests.unit.writer.held_file import HeldFile
 
 VALUES_OF_KILLED, VALUES_OF_NEXT = 1.0, 2.0
@@ -40,6 +40,7 @@ def save_and_be_killed(run_dir: Path, save_timeout_s: float) -> tuple[type[BaseE
     with open_checkpointer(run_dir, VALUES_OF_KILLED, save_timeout_s) as ckpt:
         ckpt.save_hf(1)
         os.kill(writer_pid(ckpt), signal.SIGSTOP)
+        wait_until_stopped(writer_pid(ckpt))
         (run_dir / f"writer-{dist.get_rank()}").write_text(str(writer_pid(ckpt)))
         dist.barrier()
         future = ckpt.async_save_hf(2)
@@ -152,15 +153,11 @@ def test_writers_of_a_killed_job_never_write_into_the_directory_of_the_next(tmp_
         assert names(tmp_path) == ["hf-1", "hf-2", "hf-latest"]
 
 
-def wait_for_stop(pid: int) -> None:
-    wait_until(lambda: process_state(pid) == "T", "the writer stopped")
-
-
 def save_beside_an_orphan(run_dir: Path) -> None:
     """Save 2 up to its hidden directory, hold there, then publish."""
     with open_checkpointer(run_dir, VALUES_OF_NEXT) as ckpt:
         os.kill(writer_pid(ckpt), signal.SIGSTOP)
-        wait_for_stop(writer_pid(ckpt))
+        wait_until_stopped(writer_pid(ckpt))
         dist.barrier()
         future = ckpt.async_save_hf(2)
         wait_until(lambda: asked(ckpt), "the writer was asked")

@@ -31,7 +31,7 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 60.0)
 def stopped(pid: int) -> Iterator[None]:
     """A process that does nothing while inside, and goes on afterwards, if it was not killed."""
     os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: process_state(pid) == "T", "the writer stopped")
+    wait_until_stopped(pid)
     try:
         yield
     finally:
@@ -39,9 +39,15 @@ def stopped(pid: int) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def process_state(pid: int) -> str:
-    """As proc_pid_stat(5) has it."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+def wait_until_stopped(pid: int) -> None:
+    """Wait for the effect of a SIGSTOP, which comes to each thread in its own time."""
+    wait_until(lambda: set(thread_states(pid)) == {"T"}, f"process {pid} stopped")
+
+
+def thread_states(pid: int) -> list[str]:
+    """As proc_pid_stat(5) has them."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return [stat.rpartition(")")[2].split()[0] for stat in stats]
 
 
 def asked(ckpt: stillframe.Checkpointer) -> bool:

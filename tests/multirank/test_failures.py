@@ -27,7 +27,7 @@ from stillframe.testing import Ranks, hold_at, reached, run_process, run_ranks
 from stillframe.testing.models import tiny_qwen3
 from tests.multirank.exports import digests, distribute
 from tests.multirank.footprint import footprint, grown, listing
-from tests.multirank.held_writers import asked, stopped, wait_until, writer_pid
+from tests.multirank.held_writers import asked, stopped, wait_until, wait_until_stopped, writer_pid
 from tests.unit.commit.immutable import immutable
 
 CHECKPOINT = ["config.json", "generation_config.json", "model.safetensors", "stillframe.json"]
@@ -193,6 +193,7 @@ def hold_back_the_vote(run_dir: Path, saves: int) -> list[str]:
         for step in range(1, saves + 1):
             if dist.get_rank() == 1:
                 os.kill(writer_pid(ckpt), signal.SIGSTOP)
+                wait_until_stopped(writer_pid(ckpt))
             dist.barrier()
             future = ckpt.async_save_hf(step)
             if dist.get_rank() == 1:
@@ -214,6 +215,7 @@ def test_what_changes_between_writing_and_publishing_is_not_published(tmp_path: 
         for step, (tamper, _) in enumerate(TAMPERING, start=1):
             ranks.wait_reached(f"writing {step}", rank=1)
             ranks.send_signal(1, signal.SIGSTOP)
+            wait_until_stopped(ranks.pids[1])
             os.kill(int((tmp_path / "writer-pid").read_text()), signal.SIGCONT)
             hidden_dir = tmp_path / f".hf-{step}.incomplete"
             receipts = [hidden_dir / f".stillframe/receipt-{rank:05d}.json" for rank in (0, 1)]
@@ -302,6 +304,7 @@ def stop_rank_0(run_dir: Path) -> None:
         ckpt.save_hf(1)
         if dist.get_rank() == 0:
             os.kill(writer_pid(ckpt), signal.SIGSTOP)
+            wait_until_stopped(writer_pid(ckpt))
         dist.barrier()
         future = ckpt.async_save_hf(2)
         if dist.get_rank() == 0:
@@ -333,10 +336,11 @@ import os, signal, sys
 from pathlib import Path
 import stillframe
 from stillframe.testing.models import tiny_qwen3
-from tests.multirank.held_writers import asked, wait_until, writer_pid
+from tests.multirank.held_writers import asked, wait_until, wait_until_stopped, writer_pid
 
 def stop_writer():
     os.kill(writer_pid(ckpt), signal.SIGSTOP)
+    wait_until_stopped(writer_pid(ckpt))
     print(writer_pid(ckpt), flush=True)
 
 def wait_until_asked():

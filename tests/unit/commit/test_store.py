@@ -11,6 +11,7 @@ from torch.distributed import FileStore, HashStore, TCPStore
 
 from stillframe.commit.store import BoundedStore, within
 from stillframe.testing import Ranks, hold_at
+from tests.multirank.held_writers import wait_until_stopped
 from tests.unit.commit.meetings import serve
 
 
@@ -92,6 +93,8 @@ def test_a_server_that_is_stopped_or_killed_keeps_nobody_waiting(
     store = BoundedStore(client, remote=True, answer_timeout_s=0.5)
     store.set("key before", "text")
     server.send_signal(0, signum)
+    if signum == signal.SIGSTOP:
+        wait_until_stopped(server.pids[0])
     with pytest.raises(ConnectionError):
         call(store)
     # Not even the next one waits, for a call that was left behind holds the connection.
