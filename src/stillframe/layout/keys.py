@@ -125,7 +125,7 @@ def save_keys(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> Ke
     """The keys that `save_pretrained` of the unsharded `model` writes, as runs over `tensors` (`runtime_tensors`).
 
     Depends on names, shapes and dtypes only; no data is read. Raises UnsupportedModel, naming the keys, where
-    a conversion is more than renames, slices and concatenations.
+    a conversion is more than renames, slices and concatenations, or loses a part of a tensor.
     """
     names = tuple(tensors)
 
@@ -152,7 +152,30 @@ def save_keys(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> Ke
                 block_bytes=storage.nbytes(),
             )
         )
+    _refuse_losses(model, tensors, keys)
     return KeyMap(sources=names, keys=tuple(keys))
+
+
+def _refuse_losses(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], keys: Sequence[Key]) -> None:
+    """Raise UnsupportedModel unless every element is in exactly one key.
+
+    Transformers does not see to that: of two tensors that its renamings give one name, it saves the first.
+    """
+    columns = ([key.runs.source for key in keys], [k.runs.source_start for k in keys], [k.runs.length for k in keys])
+    source, start, length = (np.concatenate([np.zeros(0, dtype=np.int64), *column]) for column in columns)
+    order = np.lexsort((start, source))
+    source, start, length = source[order], start[order], length[order]
+    borders = np.searchsorted(source, np.arange(len(tensors) + 1))
+    wrong = []
+    for (name, tensor), low, high in zip(tensors.items(), borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+        if not Runs(start[low:high], source[low:high], start[low:high], length[low:high]).covers(tensor.numel()):
+            wrong.append(name)
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UnsupportedModel(
+            f"{type(model).__name__}: its conversions do not save each element of {', '.join(wrong[:5])}{more} exactly "
+            "once; of tensors that are renamed to one and the same key, all but one would be lost"
+        )
 
 
 def _on_meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -122,11 +122,14 @@ class _Operation(ConversionOps):
         return self
 
 
-def changing(change: Callable[[torch.Tensor], torch.Tensor]) -> PreTrainedModel:
-    operation = _Operation(change)
-    return with_conversions(
-        WeightConverter(source_patterns="mlp.w", target_patterns="mlp.down_proj.weight", operations=[operation])
+def converter(change: Callable[[torch.Tensor], torch.Tensor]) -> WeightConverter:
+    return WeightConverter(
+        source_patterns="mlp.w", target_patterns="mlp.down_proj.weight", operations=[_Operation(change)]
     )
+
+
+def changing(change: Callable[[torch.Tensor], torch.Tensor]) -> PreTrainedModel:
+    return with_conversions(converter(change))
 
 
 def join_then_scale(tensor: torch.Tensor) -> torch.Tensor:
@@ -288,6 +291,22 @@ def test_an_entry_of_the_state_that_is_no_tensor_is_refused() -> None:
     model.model.layers[0].mlp.extra = WithState()
     with pytest.raises(UnsupportedModel, match=r"mlp\.extra\._extra_state is a dict, not a tensor"):
         runtime_tensors(model)
+
+
+@pytest.mark.parametrize(
+    ("conversions", "lost"),
+    [
+        ([WeightRenaming("mlp.both", f"mlp.{name}_proj") for name in ("gate", "up")], r"layers\.0\.mlp\.up_proj"),
+        ([converter(lambda t: t[1:])], r"layers\.0\.mlp\.down_proj"),
+        ([converter(lambda t: torch.cat([t, t[:1]]))], r"layers\.0\.mlp\.down_proj"),
+        ([converter(lambda t: torch.cat([t[1:], t[1:2]]))], r"layers\.0\.mlp\.down_proj"),
+    ],
+    ids=["two tensors, one key", "a row left out", "a row twice", "one for another"],
+)
+def test_a_conversion_that_loses_or_doubles_elements_is_refused(conversions: list[WeightTransform], lost: str) -> None:
+    model = with_conversions(*conversions)
+    with pytest.raises(UnsupportedModel, match=rf"do not save each element of model\.{lost}\.weight, .* exactly once"):
+        save_keys(model, runtime_tensors(model))
 
 
 def test_renames_alone_keep_every_value() -> None:
