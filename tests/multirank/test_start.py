@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from stillframe.errors import (
     UnsupportedModel,
     UnsupportedPlacement,
 )
-from stillframe.testing import run_process, run_ranks
+from stillframe.testing import Ranks, run_process, run_ranks
 from stillframe.testing.models import tiny_qwen3, tiny_tokenizer
 from tests.multirank.footprint import footprint, grown, listing
 
@@ -342,6 +343,23 @@ def leave_out(run_dir: Path, absent: int) -> dict[str, int]:
 def test_a_rank_that_makes_no_checkpointer_is_named(tmp_path: Path, world_size: int, absent: int) -> None:
     assert run_ranks(world_size, leave_out, tmp_path / "run", absent) == [{}] * world_size
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["hf-1", "hf-latest"]
+
+
+def die_in_the_middle(run_dir: Path) -> None:
+    model = tiny_qwen3()
+    if this_rank() == 1:
+        model.named_parameters = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # the layout asks for them
+    with expecting(SaveTimeout, "start of the Checkpointer failed on rank 1 .*: rank 1 did not report within 3 s"):
+        stillframe.Checkpointer(run_dir, model=model, save_timeout_s=3)
+    assert listing(run_dir) == []
+
+
+def test_a_rank_that_dies_in_the_constructor_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    with Ranks(2, die_in_the_middle, tmp_path / "run") as ranks:
+        survived, died = ranks.outcomes()
+    assert survived.failure is None, survived.failure
+    assert died.failure is not None
+    assert died.failure.reason == "killed by SIGKILL"
 
 
 def isolate(flag: int, what: str) -> str | None:
