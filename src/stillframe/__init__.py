@@ -19,6 +19,10 @@ __all__ = ["Checkpointer", "__version__", "load_hf"]
 _HOMES = {"Checkpointer": "stillframe.checkpointer", "load_hf": "stillframe.load.huggingface"}
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)

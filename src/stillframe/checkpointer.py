@@ -95,6 +95,7 @@ class Checkpointer:
         self._monitor = Monitor()
         self._reports: deque[SaveReport] = deque(maxlen=_KEPT_REPORTS)
         self._in_flight: _InFlight | None = None
+        self._launching = threading.Lock()
         self._closed = False
         self._export: Export | None = None
         self._meeting = meet(self._options.run_dir, store_host=store_host, timeout_s=save_timeout_s)
@@ -108,8 +109,6 @@ class Checkpointer:
         except BaseException:
             self._release()
             raise
-        self._versions = provenance.versions()
-        self._git_commit = provenance.git_commit(Path.cwd()) if self._meeting.rank == 0 else None
         atexit.register(self._at_exit)
 
     # Saving
@@ -189,6 +188,8 @@ class Checkpointer:
     # Behind the calls
 
     def _set_up(self, model: nn.Module, companions: tuple[Any, ...]) -> str:
+        self._versions = provenance.versions()
+        self._git_commit = provenance.git_commit() if self._meeting.rank == 0 else None
         self._export = Export(
             unwrapped(model),
             companions=companions,
@@ -205,6 +206,21 @@ class Checkpointer:
         return self._export
 
     def _launch(self, step: int, *, overwrite: bool) -> Future[Path]:
+        if not self._launching.acquire(blocking=False):
+            raise SaveFailed(
+                "another save is being called right now (from a signal handler, or from another thread); call saves "
+                "from the training thread, one after the other",
+                step=step,
+                rank=self._meeting.rank,
+                stage="snapshot",
+                path=self._options.run_dir,
+            )
+        try:
+            return self._launch_alone(step, overwrite=overwrite)
+        finally:
+            self._launching.release()
+
+    def _launch_alone(self, step: int, *, overwrite: bool) -> Future[Path]:
         self._live_export()
         if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < _MAX_STEP:
             raise OptionError(f"step must be an integer from 0 to 10^18 - 1, not {step!r}")
@@ -295,6 +311,16 @@ class Checkpointer:
                 _log.warning("not all ranks asked for the verdict of the last save within %.0f s", _GOODBYE_TIMEOUT_S)
             self._meeting.leave()
 
+    def _close_at_exit(self) -> None:
+        """Close, but wait for other ranks no longer than they may need; they may have ended long ago."""
+        if self._in_flight is not None:
+            self._in_flight.thread.join(_GOODBYE_TIMEOUT_S)
+            if self._in_flight.thread.is_alive():
+                step = self._in_flight.tracker.progress().step
+                _log.error("ending without the save of step %d: not published in %.0f s", step, _GOODBYE_TIMEOUT_S)
+                return
+        self.close()
+
     def _close_behind(self) -> None:
         try:
             self.close()
@@ -318,11 +344,18 @@ def _unexpected(error: BaseException, job: SaveJob) -> SaveFailed:
 
 
 def _exit_handler(reference: weakref.ref[Checkpointer]) -> Callable[[], None]:
+    owner_pid = os.getpid()
+
     def close_at_exit() -> None:
         checkpointer = reference()
-        if checkpointer is None or getattr(sys, "last_value", None) is not None:
-            return  # the interpreter ends because of an exception: at once
+        if checkpointer is None or os.getpid() != owner_pid:  # a fork inherits this, but neither writer nor store
+            return
+        # In an interactive session that attribute is just the last error that was shown.
+        interactive = hasattr(sys, "ps1") or bool(sys.flags.interactive)
+        if getattr(sys, "last_value", None) is not None and not interactive:
+            _log.warning("ending on an exception: a save that may be in flight is not waited for")
+            return
         _log.warning("a Checkpointer was not closed before the interpreter ended; closing it now")
-        checkpointer.close()
+        checkpointer._close_at_exit()
 
     return close_at_exit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from stillframe.errors import UnsupportedModel
@@ -49,7 +50,8 @@ class Export:
         self._writer: WriterClient | None = None
         self._snapshotter: Snapshotter | None = None
         try:
-            self._prepare()
+            with torch.inference_mode(False):
+                self._prepare()
             self._refuse_taken_names()
         except BaseException:
             self.close()
@@ -79,9 +81,10 @@ class Export:
         Blocks for the copy. The arena must not be in use by the writer.
         """
         self._watched.reshard()
-        if not self._watched.unchanged() or not self.writer.alive:
-            self._prepare()
-        assert self._snapshotter is not None, "an Export that was made has one until it is closed"
+        if self._snapshotter is None or not self._watched.unchanged() or not self.writer.alive:
+            with torch.inference_mode(False):  # the plan outlives the block that the save may be called in
+                self._prepare()
+        assert self._snapshotter is not None, "a plan that was made has one"
         self._snapshotter.copy()
         if self._rank != 0:
             return ()

@@ -15,8 +15,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
-def git_commit(directory: Path) -> str | None:
-    """The commit checked out in `directory`, "-dirty" appended if tracked files differ from it; None outside of git."""
+def git_commit(directory: Path | None = None) -> str | None:
+    """The commit checked out in `directory` (None: the working directory), "-dirty" appended if tracked files differ
+    from it; None outside of git."""
     commit = _git(directory, "rev-parse", "HEAD")
     if commit is None:
         return None
@@ -24,15 +25,15 @@ def git_commit(directory: Path) -> str | None:
     return f"{commit}-dirty" if changes else commit
 
 
-def _git(directory: Path, *arguments: str) -> str | None:
+def _git(directory: Path | None, *arguments: str) -> str | None:
     try:
         result = subprocess.run(
-            ["git", "-C", str(directory), *arguments],
+            ["git", "--no-optional-locks", *([] if directory is None else ["-C", str(directory)]), *arguments],
             capture_output=True,
             text=True,
             timeout=_GIT_TIMEOUT_S,
             check=False,
         )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.TimeoutExpired):  # no git, or no working directory any more
         return None
     return result.stdout.strip() if result.returncode == 0 else None

@@ -70,6 +70,7 @@ def run_save(
     follow. Raises StillframeError, on every rank, if it was not published; nothing of it is visible then. A rank that
     loses touch with rank 0 before the verdict raises too, and cannot know.
     """
+    vote: Vote | None = None
     try:
         if meeting.rank == 0:
             publication = _publish(job, ballot, meeting, writer, tracker)
@@ -79,11 +80,17 @@ def run_save(
             ballot.conclude(aftermath)
             return aftermath
         ballot.await_open(layout_digest=None if job.snapshot_failure is not None else job.layout.digest)
-        ballot.cast(_write(job, ballot.attempt, meeting, writer, tracker))
+        vote = _write(job, ballot.attempt, meeting, writer, tracker)
+        ballot.cast(vote)
         ballot.await_verdict()
         tracker.published()
         on_published()
         return ballot.await_aftermath()
+    except StillframeError as error:
+        if vote is None or vote.failure is None or vote.failure.reason in str(error):
+            raise
+        # Whatever became of the vote, this rank's own failure is known here for certain, and says more.
+        raise vote.failure.exception(step=job.step, path=job.final_dir) from error
     finally:
         ballot.acknowledge()
 
@@ -103,7 +110,7 @@ def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterCl
     ballot.cast(_write(replace(job, inline_files=inline_files), ballot.attempt, meeting, writer, tracker))
     try:
         ballot.collect()
-        receipts = [_receipt(job, publication.hidden_dir, rank) for rank in range(meeting.world_size)]
+        receipts = [_receipt(job, publication.inside, rank) for rank in range(meeting.world_size)]
         published = list_checkpoints(job.run_dir, job.layout.kind)
         sequence = 1 + max((entry.sequence for entry in published), default=0)
         publication.publish(receipts, sequence=sequence, git_commit=job.git_commit, versions=job.versions)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stillframe.catalog.directory import list_checkpoints
+from stillframe.catalog.retention import remove_leftovers
 from stillframe.commit.failure import Failure
 from stillframe.commit.probe import Probe
 from stillframe.commit.rendezvous import Rendezvous
@@ -64,6 +65,7 @@ def _decide(run_dir: Path, probe: Probe, ballot: Ballot, meeting: Rendezvous) ->
             probe.end(meeting.world_size)
         finally:
             probe.remove()
+        remove_leftovers(run_dir)
         steps = tuple(entry.step for entry in list_checkpoints(run_dir, "hf"))
     except Exception as error:
         failure = Failure.of(error, rank=0, stage="start")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from stillframe.catalog.directory import CatalogEntry
-from stillframe.durable import retire
-from stillframe.names import retired_path
+from stillframe.durable import remove_tree, retire
+from stillframe.names import is_retired, parse_complete, published_path, retired_path
+
+_log = logging.getLogger("stillframe")
 
 
 def superseded(entries: Sequence[CatalogEntry], *, keep: int | None) -> tuple[CatalogEntry, ...]:
@@ -19,3 +23,18 @@ def superseded(entries: Sequence[CatalogEntry], *, keep: int | None) -> tuple[Ca
 def remove(entry: CatalogEntry, *, attempt: str) -> None:
     """Delete a published checkpoint: it disappears by one durable rename, then its files go. Raises OSError."""
     retire(entry.path, retired_path(entry.path.parent, entry.kind, entry.step, attempt))
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what killed runs have left of checkpoints that they deleted or replaced; what cannot be removed stays.
+
+    A whole directory that was about to get its final name counts as replaced where that name is taken.
+    """
+    for path in run_dir.iterdir():
+        complete = parse_complete(path.name)
+        replaced = complete is not None and published_path(run_dir, *complete).exists()
+        if (is_retired(path.name) or replaced) and path.is_dir() and not path.is_symlink():
+            try:
+                remove_tree(path)
+            except OSError as error:
+                _log.warning("what is left of a deleted checkpoint cannot be removed: %s", error)

@@ -37,11 +37,14 @@ class Failure:
     def exception(self, *, step: int | None, path: Path) -> StillframeError:
         """The failure as the exception that it was on its own rank, to raise on another."""
         cls = getattr(errors, self.error, None)
+        reason = self.reason
         if isinstance(cls, type) and issubclass(cls, StillframeError) and not issubclass(cls, SaveFailed):
-            return cls(f"rank {self.rank}: {self.reason}")
+            if step is None:
+                return cls(f"rank {self.rank}: {reason}")
+            cls, reason = SaveFailed, f"{cls.__name__}: {reason}"  # of a save, one wants to know step and path
         if not (isinstance(cls, type) and issubclass(cls, SaveFailed)):
             cls = SaveFailed
-        return cls(self.reason, step=step, rank=self.rank, stage=self.stage, path=path)
+        return cls(reason, step=step, rank=self.rank, stage=self.stage, path=path)
 
 
 def in_words(ranks: Sequence[int]) -> str:

@@ -44,6 +44,20 @@ class Publication:
         self.final_dir = names.published_path(run_dir, layout.kind, step)
         self.hidden_dir = names.incomplete_path(run_dir, layout.kind, step)
         self._inline_files: dict[str, InlineFile] = {}
+        self._fd = -1
+        self._published = False
+
+    def __del__(self) -> None:
+        self._close()
+
+    @property
+    def inside(self) -> Path:
+        """The hidden directory that `prepare` made, by its descriptor: whatever has its name now, this is it.
+
+        A rank 0 that was stopped for long may find that another job has retired its directory and made one of its
+        own under the same name, which it must not touch.
+        """
+        return Path(f"/proc/self/fd/{self._fd}")
 
     def prepare(self, inline_files: Sequence[InlineFile]) -> tuple[InlineFile, ...]:
         """Make the hidden directory, empty but for the attempt's marker; durable on return.
@@ -60,10 +74,11 @@ class Publication:
         self._retire_leftovers()
         self._refuse_lack_of_space(sum(len(file.content) for file in inline_files))
         self.hidden_dir.mkdir()
-        (self.hidden_dir / names.WORK_DIR_NAME).mkdir()
-        durable.write_file(self.hidden_dir / names.marker_name(self._attempt), self._layout.digest.encode())
-        durable.fsync_dir(self.hidden_dir / names.WORK_DIR_NAME)
-        durable.fsync_dir(self.hidden_dir)
+        self._fd = os.open(self.hidden_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        (self.inside / names.WORK_DIR_NAME).mkdir()
+        durable.write_file(self.inside / names.marker_name(self._attempt), self._layout.digest.encode())
+        durable.fsync_dir(self.inside / names.WORK_DIR_NAME)
+        durable.fsync_dir(self.inside)
         durable.fsync_dir(self._run_dir)
         return tuple(self._inline_files.values())
 
@@ -133,7 +148,7 @@ class Publication:
         """
         files, tensors = self._prove(receipts)
         if _STAGED in files:
-            (self.hidden_dir / _STAGED).rename(self.hidden_dir / _HELD_BACK)
+            (self.inside / _STAGED).rename(self.inside / _HELD_BACK)
             files[_HELD_BACK] = files.pop(_STAGED)
         written = [receipt.bytes_written for receipt in receipts]
         manifest = Manifest(
@@ -150,22 +165,52 @@ class Publication:
             files=files,
             tensors=tensors,
         )
-        durable.write_file(self.hidden_dir / names.MANIFEST_NAME, encode_manifest(manifest))
+        durable.write_file(self.inside / names.MANIFEST_NAME, encode_manifest(manifest))
         # The manifest proves what the receipts proved; it must be durable before they go (and the config with it).
-        durable.fsync_dir(self.hidden_dir)
-        shutil.rmtree(self.hidden_dir / names.WORK_DIR_NAME)
-        durable.fsync_dir(self.hidden_dir)
+        durable.fsync_dir(self.inside)
+        shutil.rmtree(self.inside / names.WORK_DIR_NAME)
+        durable.fsync_dir(self.inside)
         self._refuse_existing()  # it may have appeared, or changed, since `prepare`
+        self._claim()
         if self._overwrite and os.path.lexists(self.final_dir):
             durable.exchange(self.hidden_dir, self.final_dir)  # the hidden name now holds what was replaced
         else:
             durable.publish(self.hidden_dir, self.final_dir)
+        self._published = True
+
+    def _claim(self) -> None:
+        """Move the directory to a name that only this attempt uses, so that what is renamed next is surely its own."""
+        shared = self.hidden_dir
+        own = names.complete_path(self._run_dir, self._layout.kind, self._step, self._attempt)
+        if self._is_own(shared):
+            shared.rename(own)
+            if self._is_own(own):
+                self.hidden_dir = own
+                return
+            own.rename(shared)  # it changed hands between the look and the rename
+        reason = "another job saves this step in the same run directory and has taken over; give each job its own"
+        raise self._failed(SaveFailed, reason, "publish")
+
+    def _is_own(self, directory: Path) -> bool:
+        try:
+            found, own = directory.lstat(), os.fstat(self._fd)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
 
     def clean_up(self) -> None:
-        """Remove what has the hidden name: after `publish` the version that was replaced, else a failed attempt."""
-        if os.path.lexists(self.hidden_dir):
-            retired = names.retired_path(self._run_dir, self._layout.kind, self._step, self._attempt)
-            durable.retire(self.hidden_dir, retired)
+        """Remove what this attempt leaves: after `publish` the version that was replaced, else what was written."""
+        try:
+            if self._is_own(self.hidden_dir) or (self._published and os.path.lexists(self.hidden_dir)):
+                retired = names.retired_path(self._run_dir, self._layout.kind, self._step, self._attempt)
+                durable.retire(self.hidden_dir, retired)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        descriptor, self._fd = self._fd, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def _prove(self, receipts: Sequence[Receipt]) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
         """Every byte of every file is in exactly one extent of the receipts, and every file has its size on disk."""
@@ -200,7 +245,7 @@ class Publication:
 
     def _prove_on_disk(self, name: str, size: int) -> None:
         try:
-            status = (self.hidden_dir / name).lstat()
+            status = (self.inside / name).lstat()
         except FileNotFoundError as error:
             raise self._uncovered(f"{name}: was written, and is not there any more") from error
         if not stat.S_ISREG(status.st_mode):

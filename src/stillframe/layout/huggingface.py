@@ -108,8 +108,8 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
         inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModel(
-            f"{type(inner).__name__} is not a transformers PreTrainedModel; only those can be exported as a "
-            "Hugging Face directory"
+            f"{type(inner).__name__} is not a transformers PreTrainedModel; only those have a Hugging Face "
+            "directory to save to and load from"
         )
     return inner
 

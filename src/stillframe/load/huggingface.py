@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from stillframe.errors import ModelMismatch, UnsupportedModel
+from stillframe.layout.huggingface import unwrapped
 from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.runs import Runs, overlap
 from stillframe.load.directory import WeightFile, listed, open_weights
@@ -65,7 +65,7 @@ def load_hf(directory: str | os.PathLike[str], model: nn.Module, *, strict: bool
     anything is written to the model. `strict=False` allows missing and unexpected keys. LoadError or
     CorruptCheckpoint while reading (an I/O error, a file cut short meanwhile) leaves the model partly loaded.
     """
-    inner = _ready_model(model)
+    inner = _loadable(unwrapped(model))
     with open_weights(Path(directory)) as files:
         found, reader = _plan(Path(directory), files, inner, strict)
         holdings = _holdings()
@@ -82,15 +82,8 @@ def load_hf(directory: str | os.PathLike[str], model: nn.Module, *, strict: bool
     return LoadReport(bytes_read=reader.bytes_read, missing=found.missing, unexpected=found.unexpected)
 
 
-def _ready_model(model: nn.Module) -> PreTrainedModel:
+def _loadable(model: PreTrainedModel) -> PreTrainedModel:
     """The Transformers model inside, of a kind whose weights can be replaced."""
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModel(
-            f"{type(model).__name__} is not a transformers PreTrainedModel; only those can be loaded from a "
-            "Hugging Face directory"
-        )
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModel(f"{type(model).__name__} is quantized; load the weights before it is quantized")
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -153,7 +146,7 @@ def _check_ties(directory: Path, reader: Reader, target: Target, held: Holding) 
     for other, runs in target.same_as.items():
         pairs = zip(_pieces(target, target.runs, held), _pieces(target, runs, held), strict=True)
         for (size, one), (_, two) in pairs:
-            values = torch.empty(2, size, dtype=target.tensor.dtype)
+            values = torch.empty(2, size, dtype=target.tensor.dtype, device="cpu")
             reader.fill(values[0], one)
             reader.fill(values[1], two)
             if not torch.equal(values[0].view(torch.uint8), values[1].view(torch.uint8)):

@@ -104,7 +104,7 @@ class Reader:
     def _read_bounced(self, flat: torch.Tensor, stretch: _Stretch) -> None:
         size = stretch.dtype.itemsize
         if self._bounce is None:
-            self._bounce = torch.empty(self._bounce_bytes, dtype=torch.uint8)
+            self._bounce = torch.empty(self._bounce_bytes, dtype=torch.uint8, device="cpu")
         window = self._bounce_bytes // size
         lengths = np.array([length for _, length in stretch.places], dtype=np.int64)
         starts = np.array([start for start, _ in stretch.places], dtype=np.int64)
@@ -132,7 +132,7 @@ class Reader:
         into = runs.start[r] + begin - runs.source_start[r]
         size = tensor.dtype.itemsize
         for index in np.unique(b).tolist():
-            raw = torch.empty(extent * size, dtype=torch.uint8)
+            raw = torch.empty(extent * size, dtype=torch.uint8, device="cpu")
             offset = tensor.file_offset + int(starts[index]) * size
             self._read_into(file, offset, [raw.numpy().data])
             values = raw.view(tensor.dtype).as_strided(shape, stride).reshape(-1)

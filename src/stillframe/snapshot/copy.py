@@ -16,9 +16,8 @@ from stillframe.snapshot.arena import Arena
 class Snapshotter:
     """Takes snapshots of one set of tensors into one arena; made once per layout, then only copies.
 
-    `tensors` are the model's own objects (parameters, buffers), by the names that `copies` use. The views of their
-    memory are kept and reused while that memory stays where it is; what moved (an optimizer that swaps `.data`,
-    `model.to`) is looked up again.
+    `tensors` are the model's own objects (parameters, buffers), by the names that `copies` use. Their memory is looked
+    up in each copy: it may move (`model.to`, an optimizer that swaps `.data`), and must not be kept from being freed.
     """
 
     def __init__(
@@ -29,8 +28,6 @@ class Snapshotter:
         used = {copy.tensor for copy in copies}
         self._tensors = {name: tensor for name, tensor in tensors.items() if name in used}
         self._targets = [_target(arena, copy, self._tensors[copy.tensor].dtype) for copy in copies]
-        self._origins: list[torch.Tensor] = []
-        self._addresses: list[int] = []
         for envelope in envelopes:
             content = torch.frombuffer(bytearray(envelope.content), dtype=torch.uint8)
             arena.bytes[envelope.arena_offset : envelope.arena_offset + len(content)].copy_(content)
@@ -42,18 +39,9 @@ class Snapshotter:
 
         Blocks for the copy. Ordered after all work queued on the current stream of the tensors' device.
         """
-        locals_ = {name: local_of(tensor) for name, tensor in self._tensors.items()}
-        strided = {name for name, local in locals_.items() if not local.is_contiguous()}
-        addresses = [local.data_ptr() for local in locals_.values()]
-        if strided or addresses != self._addresses:
-            flat = {name: local.detach().contiguous().view(-1) for name, local in locals_.items()}
-            self._origins = [_origin(flat[copy.tensor], copy) for copy in self._copies]
-            # A tensor that is not contiguous was copied just now: its bytes must not be taken for the next snapshot's.
-            self._addresses = [] if strided else addresses
+        flat = {name: local_of(t).detach().contiguous().view(-1) for name, t in self._tensors.items()}
         if self._targets:
-            torch._foreach_copy_(self._targets, self._origins)
-        if strided:
-            self._origins = []
+            torch._foreach_copy_(self._targets, [_origin(flat[copy.tensor], copy) for copy in self._copies])
 
 
 def _target(arena: Arena, copy: Copy, dtype: torch.dtype) -> torch.Tensor:

@@ -102,7 +102,7 @@ class TrainConfig:
     """The whole file. `hooks` are `"module:name"` of `stillframe.train.hooks.Hook` classes, called in this order."""
 
     run_dir: str = key(rules.text)
-    seed: int = key(rules.integer(at_least=0), 0)
+    seed: int = key(rules.integer(at_least=0, at_most=2**63 - 1), 0)
     hooks: tuple[str, ...] = key(rules.list_of(rules.text, of_what="'module:name' strings"), ())
     model: ModelConfig
     data: DataConfig

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ class Illegal(Exception):
     """The message says what would have been legal."""
 
 
-def integer(*, at_least: int) -> Rule:
-    """An integer, not a boolean (which Python counts as one)."""
+def integer(*, at_least: int, at_most: int | None = None) -> Rule:
+    """An integer within bounds, not a boolean (which Python counts as one)."""
+    legal = f"an integer of at least {at_least}" + ("" if at_most is None else f" and at most {at_most}")
 
     def rule(value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-            raise Illegal(f"an integer of at least {at_least}")
+            raise Illegal(legal)
+        if at_most is not None and value > at_most:
+            raise Illegal(legal)
         return value
 
     return rule
@@ -52,7 +56,8 @@ def number(
         if or_inf and value == math.inf:
             return math.inf
         if (
-            not math.isfinite(value)
+            abs(value) > sys.float_info.max
+            or not math.isfinite(value)
             or (above is not None and value <= above)
             or (at_least is not None and value < at_least)
             or (at_most is not None and value > at_most)

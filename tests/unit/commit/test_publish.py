@@ -524,6 +524,25 @@ def test_a_leftover_that_keeps_the_hidden_name_is_an_error(tmp_path: Path, immut
         WHOLE.publication(tmp_path).prepare(INLINE_FILES)
 
 
+@pytest.mark.parametrize("how_far", ["prepared", "written", "left whole"])
+def test_a_job_that_fails_late_does_not_remove_its_successors_directory(tmp_path: Path, how_far: str) -> None:
+    late = WHOLE.publication(tmp_path)
+    late.prepare(INLINE_FILES)
+    successor = replace(WHOLE, attempt="fedcba9876543210.1")
+    publication = successor.publication(tmp_path)
+    publication.prepare(INLINE_FILES)
+    if how_far != "prepared":
+        successor.write(publication.hidden_dir)
+    if how_far == "left whole":  # replaced by a third attempt, whose process ended before it could remove it
+        publish(publication, successor.receipts(successor.item_pieces()))
+        publication.final_dir.rename(publication.hidden_dir)
+    before = files_in(publication.hidden_dir)
+    with pytest.raises(SaveFailed):
+        publish(late, WHOLE.receipts(WHOLE.item_pieces()[1:]))
+    late.clean_up()
+    assert files_in(publication.hidden_dir) == before
+
+
 def test_cleaning_up_what_is_not_there_is_fine(tmp_path: Path) -> None:
     publication = WHOLE.publication(tmp_path / "absent")
     publication.clean_up()
