@@ -2,8 +2,8 @@
 
 <run>/hf-<step>/                     a published Hugging Face export
 <run>/.hf-<step>.incomplete/         one that is being written
-<run>/.hf-<step>.complete-<attempt>/  one that is whole and gets its final name next
-    <run>/.hf-<step>.retired-<attempt>/  one that is being deleted: superseded, replaced, or given up
+<run>/.hf-<step>.complete-<attempt>/ one that is whole and gets its final name next
+<run>/.hf-<step>.retired-<attempt>/  one that is being deleted: superseded, replaced, or given up
 <run>/hf-latest                      a relative link to the newest export
 <checkpoint>/stillframe.json         the manifest
 <checkpoint>/.stillframe/            while it is incomplete: its attempt's marker, the ranks' receipts, config.json
@@ -21,7 +21,7 @@ KINDS = ("hf",)
 _STEP = r"(0|[1-9][0-9]{0,17})"  # not \d, which takes the digits of every script
 _KIND = f"({'|'.join(KINDS)})"
 _PUBLISHED = re.compile(rf"{_KIND}-{_STEP}")
-_COMPLETE = re.compile(rf"\.{_KIND}-{_STEP}\.complete-[0-9a-f]{{8,64}}\.\d{{1,9}}")
+_COMPLETE = re.compile(rf"\.{_KIND}-{_STEP}\.complete-[0-9a-f]{{8,64}}\.[0-9]{{1,9}}")
 _RETIRED = re.compile(rf"\.{_KIND}-{_STEP}\.retired-[0-9a-f]{{8,64}}\.[0-9]{{1,9}}")
 
 

@@ -25,8 +25,12 @@ def test_a_published_name_is_read_back(step: int) -> None:
 @given(STEPS, ATTEMPTS)
 def test_names_of_other_states_are_never_taken_for_published_ones(step: int, attempt: str) -> None:
     retired = names.retired_path(RUN, "hf", step, attempt).name
+    complete = names.complete_path(RUN, "hf", step, attempt).name
     assert names.is_retired(retired)
-    for name in (retired, names.incomplete_path(RUN, "hf", step).name, names.latest_path(RUN, "hf").name):
+    assert names.parse_complete(complete) == ("hf", step)
+    assert names.parse_complete(retired) is None
+    assert not names.is_retired(complete)
+    for name in (retired, complete, names.incomplete_path(RUN, "hf", step).name, names.latest_path(RUN, "hf").name):
         assert names.parse_published(name) is None
     assert not names.is_retired(names.published_path(RUN, "hf", step).name)
     assert not names.is_retired(names.incomplete_path(RUN, "hf", step).name)
@@ -57,23 +61,26 @@ def test_what_is_nearly_a_published_name_is_none(name: str) -> None:
     assert names.parse_published(name) is None
 
 
+@pytest.mark.parametrize("state", ["retired", "complete"])
 @pytest.mark.parametrize(
     "name",
     [
-        ".hf-5.retired-",
-        ".hf-5.retired-0123456789abcdef",
-        ".hf-5.retired-0123456789abcdef.",
-        ".hf-5.retired-0123456789ABCDEF.1",
-        ".hf-5.retired-0123456789abcdef.1\n",
-        ".hf-5.retired-0123456789abcdef.٣",
-        ".hf-05.retired-0123456789abcdef.1",
-        ".hf-5.retired-012.1",
-        "hf-5.retired-0123456789abcdef.1",
+        ".hf-5.{}-",
+        ".hf-5.{}-0123456789abcdef",
+        ".hf-5.{}-0123456789abcdef.",
+        ".hf-5.{}-0123456789ABCDEF.1",
+        ".hf-5.{}-0123456789abcdef.1\n",
+        ".hf-5.{}-0123456789abcdef.٣",
+        ".hf-05.{}-0123456789abcdef.1",
+        ".hf-5.{}-012.1",
+        "hf-5.{}-0123456789abcdef.1",
     ],
 )
-def test_what_is_nearly_a_retired_name_is_none(name: str) -> None:
+def test_what_is_nearly_the_name_of_a_leftover_is_none(name: str, state: str) -> None:
     assert names.is_retired(".hf-5.retired-0123456789abcdef.1")
-    assert not names.is_retired(name)
+    assert names.parse_complete(".hf-5.complete-0123456789abcdef.1") == ("hf", 5)
+    assert not names.is_retired(name.format(state))
+    assert names.parse_complete(name.format(state)) is None
 
 
 def test_an_attempts_own_files_are_inside_its_work_directory() -> None:
