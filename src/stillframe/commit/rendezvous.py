@@ -228,7 +228,8 @@ def _create(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunDirectoryError(f"cannot create the run directory {run_dir}: {error.strerror}") from error
+        reason = "it is a file, not a directory" if isinstance(error, FileExistsError) else error.strerror
+        raise RunDirectoryError(f"cannot create the run directory {run_dir}: {reason}") from error
 
 
 def _network_identity() -> tuple[str, int]:
