@@ -102,7 +102,7 @@ def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterCl
         if job.snapshot_failure is not None:
             raise job.snapshot_failure.exception(step=job.step, path=job.final_dir)
         inline_files = publication.prepare(job.inline_files)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the other ranks must not be left waiting
         failure = _given_up(publication, error, "prepare")
         ballot.open(failure)
         raise failure.exception(step=job.step, path=job.final_dir) from error
@@ -114,7 +114,7 @@ def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterCl
         published = list_checkpoints(job.run_dir, job.layout.kind)
         sequence = 1 + max((entry.sequence for entry in published), default=0)
         publication.publish(receipts, sequence=sequence, git_commit=job.git_commit, versions=job.versions)
-    except Exception as error:
+    except Exception as error:  # likewise
         failure = _given_up(publication, error, "publish")
         ballot.decide(failure)
         raise failure.exception(step=job.step, path=job.final_dir) from error
