@@ -187,13 +187,14 @@ def _check_manifest(place: _Directory, sizes: Mapping[str, int]) -> None:
     wrong = [f"{name} (was not published)" for name in sizes if name not in published]
     for name, entry in published.items():
         if name in sizes and sizes[name] != entry.size:
-            wrong.append(f"{name} (has {sizes[name]} bytes, was published with {entry.size})")
+            how = "is truncated" if sizes[name] < entry.size else "has grown"
+            wrong.append(f"{name} ({how}: has {sizes[name]} bytes, was published with {entry.size})")
         elif name not in sizes and name.endswith(".safetensors"):
             wrong.append(f"{name} (was published, is not there or not in the index)")
     if wrong:
         raise CorruptCheckpoint(
-            f"{place.path}: {len(wrong)} files are not what was published: {listed(wrong)}. "
-            f"If they were replaced on purpose, delete {MANIFEST_NAME}"
+            f"{place.path}: not what was published: {listed(wrong)}. Load another checkpoint; or, if the files were "
+            f"replaced on purpose, delete {MANIFEST_NAME}"
         )
 
 
