@@ -245,6 +245,7 @@ class Checkpointer:
         ballot = self._ballot.successor(step=step, path=final_dir)
         job = SaveJob(
             run_dir=self._options.run_dir,
+            kind="hf",
             layout=export.layout,
             plan_id=export.plan_id,
             step=step,

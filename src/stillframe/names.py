@@ -1,12 +1,17 @@
 """Every name that stillframe gives to something in a run directory. Parsed whole or not at all.
 
 <run>/hf-<step>/                     a published Hugging Face export
-<run>/.hf-<step>.incomplete/         one that is being written
-<run>/.hf-<step>.complete-<attempt>/ one that is whole and gets its final name next
-<run>/.hf-<step>.retired-<attempt>/  one that is being deleted: superseded, replaced, or given up
-<run>/hf-latest                      a relative link to the newest export
-<checkpoint>/stillframe.json         the manifest
-<checkpoint>/.stillframe/            while it is incomplete: its attempt's marker, the ranks' receipts, config.json
+<run>/checkpoint-<step>/             a published checkpoint to resume from, in the DCP format
+<run>/snapshot-<step>/               the same, of which only the newest is kept
+<run>/step-<step>/                   an export and a checkpoint published as one: hf/ and checkpoint/ inside
+<run>/.<kind>-<step>.incomplete/         one that is being written
+<run>/.<kind>-<step>.complete-<attempt>/ one that is whole and gets its final name next
+<run>/.<kind>-<step>.retired-<attempt>/  one that is being deleted: superseded, replaced, or given up
+<run>/hf-latest, checkpoint-latest, snapshot-latest   relative links to the newest of each
+<run>/run.json                       the run's history, derived from the rest
+<published>/stillframe.json          the manifest
+<published>/.stillframe/             while it is incomplete: its attempt's marker, its plan, the ranks' receipts, and
+                                     the files without which nobody loads it
 """
 
 from __future__ import annotations
@@ -16,7 +21,10 @@ from pathlib import Path
 
 MANIFEST_NAME = "stillframe.json"
 WORK_DIR_NAME = ".stillframe"
-KINDS = ("hf",)
+KINDS = ("hf", "checkpoint", "snapshot", "step")
+HISTORY_NAME = "run.json"
+TOGETHER = "step"
+"""The kind whose directories hold one of `hf/` and one of `checkpoint/`."""
 
 _STEP = r"(0|[1-9][0-9]{0,17})"  # not \d, which takes the digits of every script
 _KIND = f"({'|'.join(KINDS)})"
@@ -52,6 +60,16 @@ def marker_name(attempt: str) -> str:
 
 def receipt_name(rank: int) -> str:
     return f"{WORK_DIR_NAME}/receipt-{rank:05d}.json"
+
+
+def plan_name() -> str:
+    """What the attempt is to become, for whoever finds the directory after a crash."""
+    return f"{WORK_DIR_NAME}/plan.json"
+
+
+def rank_state_name(rank: int) -> str:
+    """The file of a checkpoint that holds what only this rank has: its random state, its position in the data."""
+    return f"state/rank-{rank:05d}.pt"
 
 
 def parse_published(name: str) -> tuple[str, int] | None:

@@ -98,15 +98,20 @@ class InlineFile:
 class Layout:
     """One checkpoint's files as every rank computes them. Equal `digest`s mean equal layouts and equal distribution.
 
-    `inline_files` follow from the layout (the index); `files` hold the tensors. `total_bytes` counts `files` only.
+    `format`: "hf", "checkpoint" (DCP) or "step" (both, in subdirectories). `inline_files` follow from the layout (the
+    index); `files` hold the tensors, in a checkpoint on rank 0 those of all ranks, elsewhere its own. `total_bytes`
+    counts `files` only. Of `rank_files`, rank r writes number r whole, of a size that only it knows. `held_back` names
+    the inline files without which nobody loads the directory; they are put in place last.
     """
 
-    kind: str
+    format: str
     world_size: int
     files: tuple[FileLayout, ...]
     inline_files: tuple[InlineFile, ...]
     total_bytes: int
     digest: str
+    rank_files: tuple[str, ...] = ()
+    held_back: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,10 +36,12 @@ class SaveJob:
     """What is saved: captured on the training thread, constant from then on.
 
     `inline_files` are rank 0's to write; other ranks have none. `snapshot_failure`: the arena could not be
-    filled on this rank, which the other ranks must learn of.
+    filled on this rank, which the other ranks must learn of. `kind` is that of the name: checkpoints and snapshots have
+    one layout.
     """
 
     run_dir: Path
+    kind: str
     layout: Layout
     plan_id: int
     step: int
@@ -53,7 +55,7 @@ class SaveJob:
 
     @property
     def final_dir(self) -> Path:
-        return names.published_path(self.run_dir, self.layout.kind, self.step)
+        return names.published_path(self.run_dir, self.kind, self.step)
 
 
 def run_save(
@@ -97,7 +99,9 @@ def run_save(
 
 def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterClient, tracker: Tracker) -> Publication:
     """Rank 0's part up to the verdict, which it has told everyone when this returns or raises."""
-    publication = Publication(job.run_dir, job.layout, step=job.step, attempt=ballot.attempt, overwrite=job.overwrite)
+    publication = Publication(
+        job.run_dir, job.layout, kind=job.kind, step=job.step, attempt=ballot.attempt, overwrite=job.overwrite
+    )
     try:
         if job.snapshot_failure is not None:
             raise job.snapshot_failure.exception(step=job.step, path=job.final_dir)
@@ -111,7 +115,7 @@ def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterCl
     try:
         ballot.collect()
         receipts = [_receipt(job, publication.inside, rank) for rank in range(meeting.world_size)]
-        published = list_checkpoints(job.run_dir, job.layout.kind)
+        published = list_checkpoints(job.run_dir, job.kind)
         sequence = 1 + max((entry.sequence for entry in published), default=0)
         publication.publish(receipts, sequence=sequence, git_commit=job.git_commit, versions=job.versions)
     except Exception as error:  # likewise
@@ -145,16 +149,16 @@ def _after_publication(job: SaveJob, attempt: str, publication: Publication) -> 
     steps: tuple[int, ...] = ()
     stage = "link"
     try:
-        replace_link(names.latest_path(job.run_dir, job.layout.kind), job.final_dir.name, attempt)
+        replace_link(names.latest_path(job.run_dir, job.kind), job.final_dir.name, attempt)
         stage = "retention"
         # Not where the link still names an older one: it would dangle if that were removed.
-        for entry in superseded(list_checkpoints(job.run_dir, job.layout.kind), keep=job.keep):
+        for entry in superseded(list_checkpoints(job.run_dir, job.kind), keep=job.keep):
             remove(entry, attempt=attempt)
     except (StillframeError, OSError) as error:
         failures.append((stage, error))
     try:
         publication.clean_up()
-        steps = tuple(sorted(entry.step for entry in list_checkpoints(job.run_dir, job.layout.kind)))
+        steps = tuple(sorted(entry.step for entry in list_checkpoints(job.run_dir, job.kind)))
     except (StillframeError, OSError) as error:
         failures.append(("retention", error))
     if not failures:
@@ -169,10 +173,10 @@ def _write(job: SaveJob, attempt: str, meeting: Rendezvous, writer: WriterClient
     if failure is None:
         request = WriteRequest(
             plan_id=job.plan_id,
-            kind=job.layout.kind,
+            kind=job.kind,
             step=job.step,
             attempt=attempt,
-            directory=names.incomplete_path(job.run_dir, job.layout.kind, job.step),
+            directory=names.incomplete_path(job.run_dir, job.kind, job.step),
             marker_name=names.marker_name(attempt),
             receipt_name=names.receipt_name(meeting.rank),
             inline_files=job.inline_files,

@@ -59,12 +59,12 @@ def test_everything_declared_is_pinned() -> None:
 def test_which_build_of_torch_would_be_installed_is_known_before(
     dependency: str, is_cuda_build: bool, tmp_path: Path
 ) -> None:
-    wheel_path = tmp_path / "torch-99.0-py3-none-any.whl"
+    wheel_path = tmp_path / "torch-1.99-py3-none-any.whl"
     with zipfile.ZipFile(wheel_path, "w") as wheel:
-        info = "torch-99.0.dist-info"
-        metadata = ["Metadata-Version: 2.1", "Name: torch", "Version: 99.0", f"Requires-Dist: {dependency}"]
+        info = "torch-1.99.dist-info"
+        metadata = ["Metadata-Version: 2.1", "Name: torch", "Version: 1.99", f"Requires-Dist: {dependency}"]
         wheel.writestr(f"{info}/METADATA", "\n".join(metadata))
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     pip_args = ["--isolated", "--no-index", f"--find-links={tmp_path}"]
-    assert needs_cuda(Path(sys.executable), "torch==99.0", pip_args) is is_cuda_build
+    assert needs_cuda(Path(sys.executable), "torch==1.99", pip_args) is is_cuda_build

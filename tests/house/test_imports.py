@@ -18,13 +18,13 @@ import pytest
 SOURCE_DIR = Path(__file__).parents[2] / "src"
 PACKAGE_DIR = SOURCE_DIR / "stillframe"
 
-STAGES = {"layout", "snapshot", "writer", "commit", "catalog", "load", "watch"}
+STAGES = {"state", "layout", "snapshot", "writer", "commit", "catalog", "load", "watch"}
 LEVELS = (
     {"errors"},
     {"names", "options", "records"},
-    {"durable", "manifest", "provenance"},
+    {"durable", "manifest", "provenance", "tree"},
     STAGES,
-    {"export", "save", "start"},
+    {"export", "resume", "save", "start"},
     {"checkpointer"},
     {"train"},
     {"cli"},

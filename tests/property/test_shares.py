@@ -62,7 +62,7 @@ def spread_files(draw: st.DrawFn) -> tuple[Layout, list[PlacedItem], list[str], 
         layouts.append(FileLayout(name=f"file{index}", size_bytes=len(content), items=tuple(listed)))
         contents.append(content)
     layout = Layout(
-        kind="hf",
+        format="hf",
         world_size=world_size,
         files=tuple(layouts),
         inline_files=(),
@@ -153,7 +153,7 @@ def test_what_all_hold_alike_is_split_fairly(world_size: int, lengths: list[int]
     }
     listed = tuple(Item(name="key", file_offset=i.file_offset, length_bytes=i.length_bytes) for i in items)
     file = FileLayout(name="f", size_bytes=total, items=listed)
-    layout = Layout(kind="hf", world_size=world_size, files=(file,), inline_files=(), total_bytes=total, digest="d")
+    layout = Layout(format="hf", world_size=world_size, files=(file,), inline_files=(), total_bytes=total, digest="d")
     shares = [rank_share(layout, items, names, holdings, rank=rank, plan_id=1) for rank in everyone]
     staged = [sum(copy.element_count for copy in share.copies) for share in shares]
     assert sum(staged) == total

@@ -35,14 +35,15 @@ class Publication:
     First `prepare`; then, once all ranks have voted, `publish` or not; `clean_up` in either case.
     """
 
-    def __init__(self, run_dir: Path, layout: Layout, *, step: int, attempt: str, overwrite: bool) -> None:
+    def __init__(self, run_dir: Path, layout: Layout, *, kind: str, step: int, attempt: str, overwrite: bool) -> None:
         self._run_dir = run_dir
+        self._kind = kind
         self._layout = layout
         self._step = step
         self._attempt = attempt
         self._overwrite = overwrite
-        self.final_dir = names.published_path(run_dir, layout.kind, step)
-        self.hidden_dir = names.incomplete_path(run_dir, layout.kind, step)
+        self.final_dir = names.published_path(run_dir, kind, step)
+        self.hidden_dir = names.incomplete_path(run_dir, kind, step)
         self._inline_files: dict[str, InlineFile] = {}
         self._fd = -1
         self._published = False
@@ -90,7 +91,7 @@ class Publication:
         """
         if not os.path.lexists(self.hidden_dir):
             return
-        retired = names.retired_path(self._run_dir, self._layout.kind, self._step, f"{secrets.token_hex(8)}.0")
+        retired = names.retired_path(self._run_dir, self._kind, self._step, f"{secrets.token_hex(8)}.0")
         try:
             durable.retire(self.hidden_dir, retired)
         except OSError as error:
@@ -111,7 +112,7 @@ class Publication:
         else:
             if self.final_dir.is_symlink():
                 self._refuse_foreign("it is a symbolic link", None)
-            if (manifest.kind, manifest.step) != (self._layout.kind, self._step):
+            if (manifest.kind, manifest.step) != (self._kind, self._step):
                 self._refuse_foreign(f"its manifest is that of {manifest.kind} step {manifest.step}", None)
 
     def _refuse_foreign(self, why: str, cause: LoadError | None) -> NoReturn:
@@ -152,7 +153,7 @@ class Publication:
             files[_HELD_BACK] = files.pop(_STAGED)
         written = [receipt.bytes_written for receipt in receipts]
         manifest = Manifest(
-            kind=self._layout.kind,
+            kind=self._kind,
             step=self._step,
             attempt=self._attempt,
             sequence=sequence,
@@ -181,7 +182,7 @@ class Publication:
     def _claim(self) -> None:
         """Move the directory to a name that only this attempt uses, so that what is renamed next is surely its own."""
         shared = self.hidden_dir
-        own = names.complete_path(self._run_dir, self._layout.kind, self._step, self._attempt)
+        own = names.complete_path(self._run_dir, self._kind, self._step, self._attempt)
         if self._is_own(shared):
             shared.rename(own)
             if self._is_own(own):
@@ -202,7 +203,7 @@ class Publication:
         """Remove what this attempt leaves: after `publish` the version that was replaced, else what was written."""
         try:
             if self._is_own(self.hidden_dir) or (self._published and os.path.lexists(self.hidden_dir)):
-                retired = names.retired_path(self._run_dir, self._layout.kind, self._step, self._attempt)
+                retired = names.retired_path(self._run_dir, self._kind, self._step, self._attempt)
                 durable.retire(self.hidden_dir, retired)
         finally:
             self._close()
@@ -254,7 +255,7 @@ class Publication:
             raise self._uncovered(f"{name}: has {status.st_size} bytes on disk, not {size}")
 
     def _check_receipts(self, receipts: Sequence[Receipt]) -> None:
-        own = (self._layout.kind, self._step, self._attempt, self._layout.world_size, self._layout.digest)
+        own = (self._kind, self._step, self._attempt, self._layout.world_size, self._layout.digest)
         for rank, receipt in enumerate(receipts):
             said = (receipt.kind, receipt.step, receipt.attempt, receipt.world_size, receipt.layout_digest)
             if receipt.rank != rank or said != own:

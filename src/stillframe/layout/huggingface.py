@@ -178,12 +178,13 @@ def lay_out(
     for source in key_map.sources:
         digest.update(repr((source, holdings[source].signature)).encode())
     layout = Layout(
-        kind="hf",
+        format="hf",
         world_size=world_size,
         files=tuple(files),
         inline_files=inline,
         total_bytes=sum(f.size_bytes for f in files),
         digest=digest.hexdigest(),
+        held_back=("config.json",),
     )
     return layout, items
 

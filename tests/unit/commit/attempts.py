@@ -60,16 +60,17 @@ class Attempt:
                 position += length
             files.append(FileLayout(name=name, size_bytes=position, items=tuple(items)))
         return Layout(
-            kind="hf",
+            format="hf",
             world_size=self.world_size,
             files=tuple(files),
             inline_files=(),
             total_bytes=sum(file.size_bytes for file in files),
             digest="a" * 64,
+            held_back=("config.json",),
         )
 
     def publication(self, run_dir: Path, *, overwrite: bool = False) -> Publication:
-        return Publication(run_dir, self.layout, step=self.step, attempt=self.attempt, overwrite=overwrite)
+        return Publication(run_dir, self.layout, kind="hf", step=self.step, attempt=self.attempt, overwrite=overwrite)
 
     @property
     def staged_files(self) -> tuple[InlineFile, ...]:
