@@ -130,7 +130,7 @@ class Export:
             if self._writer is not None:
                 self._writer.close()
             self._writer = WriterClient()
-        self._writer.set_plan(share.plan, self._arena.fd)
+        self._writer.set_plans([share.plan], self._arena.fd)
         self._snapshotter = Snapshotter(plan.tensors, share.copies, share.envelopes, self._arena)
         self._staged_bytes = self._snapshotter.staged_bytes
         self._watched = Watched(self._model, plan.tensors)

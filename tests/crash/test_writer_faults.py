@@ -35,7 +35,7 @@ PLAN, ARENA = whole_file_plan(CONTENTS)
 @pytest.fixture
 def client() -> Iterator[WriterClient]:
     with WriterClient() as started, SharedArena(ARENA) as arena:
-        started.set_plan(PLAN, arena.fd)
+        started.set_plans([PLAN], arena.fd)
         yield started
 
 
