@@ -23,6 +23,7 @@ MANIFEST_NAME = "stillframe.json"
 WORK_DIR_NAME = ".stillframe"
 KINDS = ("hf", "checkpoint", "snapshot", "step")
 HISTORY_NAME = "run.json"
+TRAIN_STATE_NAME = "train_state.json"
 TOGETHER = "step"
 """The kind whose directories hold one of `hf/` and one of `checkpoint/`."""
 

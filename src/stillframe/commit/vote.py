@@ -66,19 +66,23 @@ class Ballot:
         """What names the attempt in keys, files and the manifest; known for good once it is open."""
         return f"{self._meeting.nonce}.{self._number}"
 
-    def successor(self, *, step: int, path: Path) -> Ballot:
+    def successor(self, *, step: int | None, path: Path) -> Ballot:
         """The ballot of the next attempt. One that rank 0 never opened does not count."""
         number = self._number + 1 if self._opened or self._meeting.rank == 0 else self._number
         return Ballot(self._meeting, step=step, path=path, timeout_s=self._timeout_s, number=number)
 
-    def open(self, failure: Failure | None, *, layout_digest: str | None = None) -> None:
-        """Rank 0: the directory is ready for the writers, who must have this layout; or it will never be."""
+    def open(self, failure: Failure | None, *, layout_digest: str | None = None, note: str | None = None) -> None:
+        """Rank 0: the directory is ready for the writers, who must have this layout; or it will never be.
+
+        `note` is what rank 0 has to say besides, to every rank.
+        """
         self._opened = True
         told = None if failure is None else asdict(failure)
-        self._set("open", {"step": self._step, "layout_digest": layout_digest, "failure": told})
+        self._set("open", {"step": self._step, "layout_digest": layout_digest, "failure": told, "note": note})
 
-    def await_open(self, *, layout_digest: str | None = None) -> None:
-        """Block until rank 0 opened the attempt. `layout_digest` is that of this rank, None if it has none to compare.
+    def await_open(self, *, layout_digest: str | None = None) -> str | None:
+        """Block until rank 0 opened the attempt, and return its note. `layout_digest` is that of this rank, None if it
+        has none to compare.
 
         Raises SaveFailed with rank 0's reason if it could not, or if rank 0 saves another step or layout than this
         rank: nothing may be written then, and the attempt fails on all ranks.
@@ -99,6 +103,8 @@ class Ballot:
             failure = Failure(error="SaveFailed", rank=own.rank, stage="vote", reason=reason)
             self.cast(replace(own, failure=failure))
             raise failure.exception(step=self._step, path=self._path)
+        note: str | None = answer["note"]
+        return note
 
     def cast(self, vote: Vote) -> None:
         with self._reaching_rank_0():
