@@ -252,7 +252,7 @@ class Checkpointer:
             overwrite=overwrite,
             inline_files=inline_files,
             snapshot_failure=failure,
-            keep=self._options.hf_max_keep,
+            retention=self._options.retention,
             git_commit=self._git_commit,
             versions=self._versions,
             timeout_s=self._options.save_timeout_s,

@@ -7,8 +7,9 @@ Format version 1; unknown fields are ignored by readers, unknown versions refuse
 from __future__ import annotations
 
 import json
+import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ class Manifest:
     with the highest step (a run resumed from an earlier step publishes lower steps later). `balance` is the
     largest rank's bytes divided by the mean. `published_at` is UTC, ISO 8601. `git_commit` is that of the working
     directory of rank 0 when the Checkpointer was made, with "-dirty" appended where it had changes; None outside a
-    repository.
+    repository. `branch` is the run's branch that published it, "" the first. `metrics` are what the training said of
+    this step, by name; finite.
     """
 
     kind: str
@@ -61,6 +63,8 @@ class Manifest:
     balance: float
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
+    branch: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -100,8 +104,10 @@ def decode_manifest(content: bytes, path: Path) -> Manifest:
                 )
                 for name, e in _entries(fields, "tensors")
             },
+            branch=_typed(fields, "branch", str) if "branch" in fields else "",
+            metrics=_metrics(fields),
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise CorruptCheckpoint(f"{path}: is not a valid manifest ({type(error).__name__}: {error})") from error
     for name, tensor in manifest.tensors.items():
         file = manifest.files.get(tensor.file)
@@ -133,6 +139,14 @@ def _ratio(fields: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 10**9:
         raise ValueError(f"{name} is {value!r:.60}")
     return float(value)
+
+
+def _metrics(fields: Any) -> dict[str, float]:
+    metrics: dict[str, Any] = _typed(fields, "metrics", dict) if "metrics" in fields else {}
+    for name, value in metrics.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"metric {name!r:.60} is {value!r:.60}")
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _crc(fields: Any) -> str:

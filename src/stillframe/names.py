@@ -9,6 +9,7 @@
 <run>/.<kind>-<step>.retired-<attempt>/  one that is being deleted: superseded, replaced, or given up
 <run>/hf-latest, checkpoint-latest, snapshot-latest   relative links to the newest of each
 <run>/run.json                       the run's history, derived from the rest
+<run>/run.json.damaged               what had that name and was no history
 <published>/stillframe.json          the manifest
 <published>/.stillframe/             while it is incomplete: its attempt's marker, its plan, the ranks' receipts, and
                                      the files without which nobody loads it

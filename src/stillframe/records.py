@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 
@@ -166,3 +168,31 @@ class Receipt:
     layout_digest: str
     bytes_written: int
     files: tuple[FileReceipt, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogEntry:
+    """A published checkpoint, as its manifest has it.
+
+    Entries order by `sequence`, the order of publication, not by step. `kind` is that of the name: "hf", "checkpoint",
+    "snapshot" or "step". `branch` is the branch of the run that published it, "" the first.
+    """
+
+    path: Path
+    kind: str
+    step: int
+    sequence: int
+    world_size: int
+    size_bytes: int
+    published_at: str
+    branch: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def published_time(self) -> datetime | None:
+        """`published_at` in UTC; None where the manifest has something there that is no time."""
+        try:
+            time = datetime.fromisoformat(self.published_at)
+            return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+        except (ValueError, OverflowError):
+            return None

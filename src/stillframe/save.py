@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from stillframe import names
-from stillframe.catalog.directory import list_checkpoints
-from stillframe.catalog.retention import remove, superseded
+from stillframe.catalog.directory import list_checkpoints, next_sequence
+from stillframe.catalog.retention import retain
 from stillframe.commit.failure import Failure
 from stillframe.commit.publish import Publication
 from stillframe.commit.rendezvous import Rendezvous
 from stillframe.commit.vote import Aftermath, Ballot, Vote
 from stillframe.durable import replace_link
 from stillframe.errors import SaveFailed, SaveTimeout, StillframeError, WriteFailed, WriterDied
+from stillframe.policies import Retention
 from stillframe.records import InlineFile, Layout, Receipt, WriteRequest
 from stillframe.watch.progress import Tracker
 from stillframe.writer.client import WriterClient, WriterError
@@ -48,7 +50,7 @@ class SaveJob:
     overwrite: bool
     inline_files: tuple[InlineFile, ...]
     snapshot_failure: Failure | None
-    keep: int | None
+    retention: Retention
     git_commit: str | None
     versions: Mapping[str, str]
     timeout_s: float
@@ -115,8 +117,7 @@ def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterCl
     try:
         ballot.collect()
         receipts = [_receipt(job, publication.inside, rank) for rank in range(meeting.world_size)]
-        published = list_checkpoints(job.run_dir, job.kind)
-        sequence = 1 + max((entry.sequence for entry in published), default=0)
+        sequence = next_sequence(job.run_dir)
         publication.publish(receipts, sequence=sequence, git_commit=job.git_commit, versions=job.versions)
     except Exception as error:  # likewise
         failure = _given_up(publication, error, "publish")
@@ -152,8 +153,7 @@ def _after_publication(job: SaveJob, attempt: str, publication: Publication) -> 
         replace_link(names.latest_path(job.run_dir, job.kind), job.final_dir.name, attempt)
         stage = "retention"
         # Not where the link still names an older one: it would dangle if that were removed.
-        for entry in superseded(list_checkpoints(job.run_dir, job.kind), keep=job.keep):
-            remove(entry, attempt=attempt)
+        retain(job.run_dir, job.retention, branch="", now=datetime.now(UTC), attempt=attempt)
     except (StillframeError, OSError) as error:
         failures.append((stage, error))
     try:

@@ -9,12 +9,13 @@ It prints "published" when that is done, and "failed: <reason>" if anything fail
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
-from stillframe.catalog.directory import list_checkpoints
-from stillframe.catalog.retention import remove, superseded
+from stillframe.catalog.retention import retain
 from stillframe.durable import replace_link
 from stillframe.errors import SaveFailed
+from stillframe.policies import KeepAll, KeepLast, Retention
 from tests.unit.commit.attempts import Attempt, publish
 
 ITEMS = {"model.safetensors": [16, 40, 24]}
@@ -37,8 +38,8 @@ def publish_once(run_dir: Path, attempt: Attempt, *, sequence: int, overwrite: b
     print("published", flush=True)
     replace_link(run_dir / "hf-latest", publication.final_dir.name, attempt.attempt)
     publication.clean_up()
-    for entry in superseded(list_checkpoints(run_dir, "hf"), keep=1):
-        remove(entry, attempt=attempt.attempt)
+    keep = Retention(checkpoints=KeepAll(), exports=KeepLast(1))
+    retain(run_dir, keep, branch="", now=datetime.now(UTC), attempt=attempt.attempt)
 
 
 def main() -> None:

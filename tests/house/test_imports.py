@@ -21,8 +21,9 @@ PACKAGE_DIR = SOURCE_DIR / "stillframe"
 STAGES = {"state", "layout", "snapshot", "writer", "commit", "catalog", "load", "watch"}
 LEVELS = (
     {"errors"},
-    {"names", "options", "records"},
-    {"durable", "manifest", "provenance", "tree"},
+    {"names", "records"},
+    {"durable", "manifest", "policies", "provenance", "tree"},
+    {"options"},
     STAGES,
     {"export", "resume", "save", "start"},
     {"checkpointer"},
