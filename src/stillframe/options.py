@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +117,19 @@ class CheckpointerOptions:
         raise OptionError(
             f"max_shard_size must be a positive number of bytes or text such as '500MB' or '5GB', not {size!r}"
         )
+
+
+def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    """`metrics` as plain numbers, tensors of one element included. Raises OptionError."""
+    checked = {}
+    for name, value in (metrics or {}).items():
+        try:
+            checked[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise OptionError(f"metrics: {name!r} must be a number, not {value!r:.60}") from error
+        if not isinstance(name, str):
+            raise OptionError(f"metrics: {name!r} must be text")
+    return checked
 
 
 def run_directory(run_dir: str | os.PathLike[str]) -> Path:

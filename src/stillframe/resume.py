@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillframe.catalog.directory import CatalogEntry, list_checkpoints
+from stillframe.catalog.directory import RESUMABLE, checkpoint_dir, list_checkpoints
 from stillframe.commit.failure import Failure
 from stillframe.commit.rendezvous import Rendezvous
 from stillframe.commit.vote import Ballot, Vote
+from stillframe.durable import fsync_dir
 from stillframe.errors import (
     CorruptCheckpoint,
     ModelMismatch,
@@ -28,7 +30,7 @@ from stillframe.errors import (
 )
 from stillframe.layout.together import CHECKPOINT_DIR
 from stillframe.load.distcp import DistcpDirectory, open_distcp
-from stillframe.names import TOGETHER, TRAIN_STATE_NAME
+from stillframe.names import MANIFEST_NAME, TOGETHER, TRAIN_STATE_NAME, parse_published
 from stillframe.resumable import Resumable, decode_train_state
 from stillframe.state import rng
 from stillframe.state.objects import RNG, choose_states
@@ -71,28 +73,35 @@ class Resumed:
 
 
 def resume(
-    choice: ResumeChoice, resumable: Resumable, ballot: Ballot, meeting: Rendezvous
-) -> tuple[Resumed | None, Ballot]:
-    """Load what `choice` says into `resumable`, on every rank or on none; `ballot` is that of the attempt before.
+    choice: ResumeChoice,
+    resumable: Resumable,
+    next_ballot: Callable[[int | None, Path], Ballot],
+    meeting: Rendezvous,
+    on_loaded: Callable[[Resumed, Sequence[Path]], None],
+) -> Resumed | None:
+    """Load what `choice` says into `resumable`, on every rank or on none; None if there is nothing to resume from.
 
-    Returns None if there is nothing to resume from, and the ballot that was the last. Blocks until all ranks are done,
-    bounded by the ballot's timeout. Raises LoadError or OptionError, as the rank did that failed.
+    Once all ranks have loaded, rank 0 calls `on_loaded` with the damaged directories that were passed over; what that
+    raises, all raise. Blocks until all ranks are done, bounded by the ballots' timeout. Raises LoadError or
+    OptionError, as the rank did that failed.
     """
     _check_names(choice, resumable)
-    tried = 0
+    damaged: list[Path] = []
     while True:
-        ballot = ballot.successor(step=None, path=choice.run_dir)
-        is_last = True
+        ballot = next_ballot(None, choice.run_dir)
+        path, is_last = None, True
         try:
-            path, is_last = _agree_on_a_path(choice, tried, ballot, meeting)
+            path, is_last = _agree_on_a_path(choice, len(damaged), ballot, meeting)
             if path is None:
-                return None, ballot
-            return _load_on_all_ranks(path, choice, resumable, ballot, meeting), ballot
+                return None
+            return _load_on_all_ranks(
+                path, choice, resumable, ballot, meeting, lambda resumed: on_loaded(resumed, damaged)
+            )
         except (CorruptCheckpoint, NotACheckpoint) as error:
-            if is_last or not choice.fallback:
+            if path is None or is_last or not choice.fallback:
                 raise
             _log.error("A DAMAGED CHECKPOINT IS PASSED OVER, and training goes back to an older one: %s", error)
-            tried += 1
+            damaged.append(path)
         finally:
             ballot.acknowledge()
 
@@ -105,16 +114,27 @@ def _check_names(choice: ResumeChoice, resumable: Resumable) -> None:
 
 
 def _candidates(choice: ResumeChoice) -> list[Path]:
-    """The directories to try, in order; those after the first only where the caller falls back."""
+    """The directories to try, in order; those after the first only where the caller falls back.
+
+    What cannot be listed because its manifest is damaged comes first: nobody knows that it is not the newest.
+    """
     if choice.path is not None:
         return [choice.path]
-    entries = reversed(list_checkpoints(choice.run_dir))
-    return [checkpoint_dir(entry) for entry in entries if entry.kind != "hf"]
+    listed = list_checkpoints(choice.run_dir, *RESUMABLE)
+    return [*_unlisted(choice.run_dir, {entry.path for entry in listed}), *map(checkpoint_dir, reversed(listed))]
 
 
-def checkpoint_dir(entry: CatalogEntry) -> Path:
-    """Where the DCP directory of a published checkpoint, snapshot or step is."""
-    return entry.path / CHECKPOINT_DIR if entry.kind == TOGETHER else entry.path
+def _unlisted(run_dir: Path, listed: Collection[Path]) -> list[Path]:
+    """Directories with a manifest that cannot be read, though their names are those of checkpoints; highest step first.
+
+    One without a manifest is somebody else's: other trainers call theirs `checkpoint-<step>` too.
+    """
+    found = []
+    for path in run_dir.iterdir():
+        parsed = parse_published(path.name)
+        if parsed is not None and parsed[0] in RESUMABLE and path not in listed and (path / MANIFEST_NAME).exists():
+            found.append((parsed[1], path / CHECKPOINT_DIR if parsed[0] == TOGETHER else path))
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def _agree_on_a_path(choice: ResumeChoice, tried: int, ballot: Ballot, meeting: Rendezvous) -> tuple[Path | None, bool]:
@@ -133,7 +153,12 @@ def _agree_on_a_path(choice: ResumeChoice, tried: int, ballot: Ballot, meeting: 
 
 
 def _load_on_all_ranks(
-    path: Path, choice: ResumeChoice, resumable: Resumable, ballot: Ballot, meeting: Rendezvous
+    path: Path,
+    choice: ResumeChoice,
+    resumable: Resumable,
+    ballot: Ballot,
+    meeting: Rendezvous,
+    on_loaded: Callable[[Resumed], None],
 ) -> Resumed:
     own_error: Exception | None = None
     resumed: Resumed | None = None
@@ -145,7 +170,7 @@ def _load_on_all_ranks(
     try:
         ballot.cast(Vote(rank=meeting.rank, step=None, layout_digest="", failure=failure))
         if meeting.rank == 0:
-            _decide(ballot, choice.run_dir)
+            _decide(ballot, choice.run_dir, lambda: on_loaded(resumed) if resumed is not None else None)
         else:
             ballot.await_verdict()
     except StillframeError as verdict:
@@ -157,13 +182,45 @@ def _load_on_all_ranks(
     return resumed
 
 
-def _decide(ballot: Ballot, run_dir: Path) -> None:
+def _decide(ballot: Ballot, run_dir: Path, on_loaded: Callable[[], None]) -> None:
     try:
         ballot.collect()
-    except StillframeError as error:
-        ballot.decide(Failure.of(error, rank=0, stage="resume"))
-        raise
+        on_loaded()
+    except Exception as error:
+        failure = Failure.of(error, rank=0, stage="resume")
+        ballot.decide(failure)
+        raise failure.exception(step=None, path=run_dir) from error
     ballot.decide(None)
+
+
+def branch_of(run_dir: Path, resumed_from: Path | None, damaged: Sequence[Path] = ()) -> str:
+    """The branch that a launch goes on with: that of the newest, unless it resumes from something else.
+
+    `resumed_from` None: nothing is resumed. `damaged` were passed over, and do not count.
+    """
+    entries = [entry for entry in list_checkpoints(run_dir) if entry.path not in map(_entry_path, damaged)]
+    if not entries:
+        return ""
+    if resumed_from is None:
+        return entries[-1].branch
+    newest = next((entry for entry in reversed(entries) if entry.kind != "hf"), None)
+    if newest is not None and checkpoint_dir(newest).resolve() == resumed_from.resolve():
+        return newest.branch
+    return secrets.token_hex(4)
+
+
+def set_aside(damaged: Sequence[Path], attempt: str) -> None:
+    """Give damaged checkpoints names that are nobody's, so that their steps can be saved again; nothing is deleted."""
+    for path in map(_entry_path, damaged):
+        aside = path.with_name(f"{path.name}.damaged-{attempt}")
+        path.rename(aside)
+        fsync_dir(path.parent)
+        _log.error("the damaged %s is set aside as %s; delete it once you need nothing from it", path, aside)
+
+
+def _entry_path(checkpoint_path: Path) -> Path:
+    """The published directory that a DCP directory is or lies in."""
+    return checkpoint_path if parse_published(checkpoint_path.name) is not None else checkpoint_path.parent
 
 
 def _load(path: Path, choice: ResumeChoice, resumable: Resumable, meeting: Rendezvous) -> Resumed:
