@@ -16,7 +16,7 @@ import torch
 from stillframe.errors import UnsupportedModel
 from stillframe.export import Export
 from stillframe.layout.together import CHECKPOINT_DIR, EXPORT_DIR, plan_as_one, plan_together
-from stillframe.records import InlineFile, Layout, RankShare, WritePlan
+from stillframe.records import InlineFile, Layout, WritePlan
 from stillframe.resumable import Resumable
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.copy import Snapshotter
@@ -45,9 +45,22 @@ class _Staging:
     """The plans of one `What`, by the order of its parts, and how the arena is filled for them."""
 
     layouts: tuple[Layout, ...]
-    share: RankShare
+    plans: tuple[WritePlan, ...]
+    copies: Sequence[Copy]
+    envelopes: Sequence[Envelope]
     tensors: Mapping[str, torch.Tensor]
     snapshotter: Snapshotter | None = None
+
+    @staticmethod
+    def of_one(plan: HuggingFacePlan | DistcpPlan) -> _Staging:
+        share = plan.share
+        return _Staging(
+            layouts=(plan.layout,),
+            plans=(share.plan,),
+            copies=share.copies,
+            envelopes=share.envelopes,
+            tensors=plan.tensors,
+        )
 
 
 class Frames:
