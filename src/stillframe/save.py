@@ -19,10 +19,10 @@ from stillframe.commit.rendezvous import Rendezvous
 from stillframe.commit.vote import Aftermath, Ballot, Vote
 from stillframe.durable import replace_link
 from stillframe.errors import SaveFailed, SaveTimeout, StillframeError, WriteFailed, WriterDied
+from stillframe.receipts import decode_receipt
 from stillframe.records import InlineFile, Layout, Receipt, WriteRequest
 from stillframe.watch.progress import Tracker
 from stillframe.writer.client import WriterClient, WriterError
-from stillframe.writer.messages import decode_receipt
 
 _WRITER_ERRORS: Mapping[str, type[SaveFailed]] = {
     "failed": WriteFailed,

@@ -21,8 +21,8 @@ PACKAGE_DIR = SOURCE_DIR / "stillframe"
 STAGES = {"state", "layout", "snapshot", "writer", "commit", "catalog", "load", "watch"}
 LEVELS = (
     {"errors"},
-    {"names", "options", "records"},
-    {"durable", "manifest", "provenance", "tree"},
+    {"fields", "names", "options", "records"},
+    {"durable", "manifest", "provenance", "receipts", "tree"},
     STAGES,
     {"export", "resume", "save", "start"},
     {"checkpointer"},
