@@ -7,20 +7,19 @@ others:                   wait for open ─▶ write ─▶ vote ─▶         
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stillframe import names
-from stillframe.catalog.directory import list_checkpoints
+from stillframe.catalog.directory import list_checkpoints, next_sequence, point_to_newest, steps_by_kind
 from stillframe.catalog.retention import remove, superseded
 from stillframe.commit.failure import Failure
+from stillframe.commit.plan import AttemptPlan
 from stillframe.commit.publish import Publication
 from stillframe.commit.rendezvous import Rendezvous
 from stillframe.commit.vote import Aftermath, Ballot, Vote
-from stillframe.durable import replace_link
 from stillframe.errors import SaveFailed, SaveTimeout, StillframeError, WriteFailed, WriterDied
-from stillframe.receipts import decode_receipt
-from stillframe.records import InlineFile, Layout, Receipt, WriteRequest
+from stillframe.records import InlineFile, Layout, WriteRequest
 from stillframe.watch.progress import Tracker
 from stillframe.writer.client import WriterClient, WriterError
 
@@ -35,7 +34,8 @@ _WRITER_ERRORS: Mapping[str, type[SaveFailed]] = {
 class SaveJob:
     """What is saved: captured on the training thread, constant from then on.
 
-    `inline_files` are rank 0's to write; other ranks have none. `snapshot_failure`: the arena could not be
+    `inline_files` are this rank's to write: on rank 0 all that the layout wants beside its files, elsewhere only the
+    rank's own one of the layout's `rank_files`, if it has such. `snapshot_failure`: the arena could not be
     filled on this rank, which the other ranks must learn of. `kind` is that of the name: checkpoints and snapshots have
     one layout.
     """
@@ -52,6 +52,8 @@ class SaveJob:
     git_commit: str | None
     versions: Mapping[str, str]
     timeout_s: float
+    branch: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def final_dir(self) -> Path:
@@ -99,9 +101,7 @@ def run_save(
 
 def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterClient, tracker: Tracker) -> Publication:
     """Rank 0's part up to the verdict, which it has told everyone when this returns or raises."""
-    publication = Publication(
-        job.run_dir, job.layout, kind=job.kind, step=job.step, attempt=ballot.attempt, overwrite=job.overwrite
-    )
+    publication = Publication(job.run_dir, _plan(job, ballot.attempt))
     try:
         if job.snapshot_failure is not None:
             raise job.snapshot_failure.exception(step=job.step, path=job.final_dir)
@@ -114,10 +114,8 @@ def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterCl
     ballot.cast(_write(replace(job, inline_files=inline_files), ballot.attempt, meeting, writer, tracker))
     try:
         ballot.collect()
-        receipts = [_receipt(job, publication.inside, rank) for rank in range(meeting.world_size)]
-        published = list_checkpoints(job.run_dir, job.kind)
-        sequence = 1 + max((entry.sequence for entry in published), default=0)
-        publication.publish(receipts, sequence=sequence, git_commit=job.git_commit, versions=job.versions)
+        proven = publication.prove(publication.receipts())
+        publication.publish(proven, sequence=next_sequence(job.run_dir))
     except Exception as error:  # likewise
         failure = _given_up(publication, error, "publish")
         ballot.decide(failure)
@@ -135,21 +133,27 @@ def _given_up(publication: Publication, error: Exception, stage: str) -> Failure
     return failure
 
 
-def _receipt(job: SaveJob, hidden_dir: Path, rank: int) -> Receipt:
-    try:
-        return decode_receipt((hidden_dir / names.receipt_name(rank)).read_bytes())
-    except (OSError, ValueError) as error:
-        reason = f"its receipt cannot be used: {error}"
-        raise SaveFailed(reason, step=job.step, rank=rank, stage="publish", path=job.final_dir) from error
+def _plan(job: SaveJob, attempt: str) -> AttemptPlan:
+    return AttemptPlan(
+        kind=job.kind,
+        step=job.step,
+        attempt=attempt,
+        overwrite=job.overwrite,
+        layout=job.layout,
+        git_commit=job.git_commit,
+        versions=job.versions,
+        branch=job.branch,
+        metrics=job.metrics,
+    )
 
 
 def _after_publication(job: SaveJob, attempt: str, publication: Publication) -> Aftermath:
     """The link to the newest, then retention. What fails here takes nothing back: the checkpoint is published."""
     failures = []
-    steps: tuple[int, ...] = ()
+    steps: dict[str, tuple[int, ...]] = {job.kind: ()}
     stage = "link"
     try:
-        replace_link(names.latest_path(job.run_dir, job.kind), job.final_dir.name, attempt)
+        point_to_newest(job.run_dir, job.kind, attempt)
         stage = "retention"
         # Not where the link still names an older one: it would dangle if that were removed.
         for entry in superseded(list_checkpoints(job.run_dir, job.kind), keep=job.keep):
@@ -158,7 +162,7 @@ def _after_publication(job: SaveJob, attempt: str, publication: Publication) -> 
         failures.append((stage, error))
     try:
         publication.clean_up()
-        steps = tuple(sorted(entry.step for entry in list_checkpoints(job.run_dir, job.kind)))
+        steps = {job.kind: steps_by_kind(list_checkpoints(job.run_dir, job.kind))[job.kind]}
     except (StillframeError, OSError) as error:
         failures.append(("retention", error))
     if not failures:
