@@ -149,7 +149,7 @@ class Frames:
                 staged_bytes=staging.snapshotter.staged_bytes,
                 files=render,
             )
-            for layout, plan, render in zip(staging.layouts, staging.share.plans, files, strict=True)
+            for layout, plan, render in zip(staging.layouts, staging.plans, files, strict=True)
         )
 
     def close(self) -> None:
@@ -202,11 +202,10 @@ class Frames:
         self._writer.set_plans(self._write_plans(), self._arena.fd)
         for staging in self._stagings.values():
             if staging.snapshotter is None:
-                share = staging.share
-                staging.snapshotter = Snapshotter(staging.tensors, share.copies, share.envelopes, self._arena)
+                staging.snapshotter = Snapshotter(staging.tensors, staging.copies, staging.envelopes, self._arena)
 
     def _write_plans(self) -> list[WritePlan]:
-        return [plan for staging in self._stagings.values() for plan in staging.share.plans]
+        return [plan for staging in self._stagings.values() for plan in staging.plans]
 
     def _free_arena(self) -> None:
         self._current = None

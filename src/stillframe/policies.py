@@ -7,6 +7,7 @@ keeps what any of the three keeps. Whatever a rule says, the newest checkpoint s
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ class KeepBest(RetentionPolicy):
 
     def kept(self, entries: Sequence[CatalogEntry], *, now: datetime) -> frozenset[CatalogEntry]:
         sign = 1 if self.mode == "min" else -1
-        newest_first = [entry for entry in reversed(entries) if self.metric in entry.metrics]
+        # A metric that is no number (the loss of a step that diverged) is none.
+        newest_first = [e for e in reversed(entries) if not math.isnan(e.metrics.get(self.metric, math.nan))]
         return frozenset(sorted(newest_first, key=lambda entry: sign * entry.metrics[self.metric])[: self.count])
 
 

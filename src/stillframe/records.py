@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,3 +197,18 @@ class CatalogEntry:
             return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
         except (ValueError, OverflowError):
             return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """What the start of a job did with a directory that an earlier one had left unpublished.
+
+    `path` is where it was. `action` is "published" (it has its final name now), "removed", or "left" (it stays, since
+    it is not recognised, or something is in the way); `reason` says why.
+    """
+
+    path: Path
+    kind: str
+    step: int
+    action: Literal["published", "removed", "left"]
+    reason: str

@@ -9,6 +9,7 @@ It prints "published" when that is done, and "failed: <reason>" if anything fail
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,7 +28,8 @@ OLDER = Attempt(ITEMS, 2, step=4, attempt="0123456789abcdef.0", salt="older")
 
 def publish_once(run_dir: Path, attempt: Attempt, *, sequence: int, overwrite: bool = False) -> None:
     """As rank 0 does it: publish, then the link, then what is superseded."""
-    publication = attempt.publication(run_dir, overwrite=overwrite)
+    attempt = replace(attempt, overwrite=overwrite)
+    publication = attempt.publication(run_dir)
     try:
         publication.prepare(attempt.inline_files)
         attempt.write(publication.hidden_dir)

@@ -1,15 +1,17 @@
-"""Listing the published checkpoints of a run."""
+"""Listing the published checkpoints of a run, and the links to the newest of them."""
 
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from stillframe.durable import replace_link
 from stillframe.errors import LoadError, NotACheckpoint
 from stillframe.manifest import read_manifest
-from stillframe.names import MANIFEST_NAME, TOGETHER, parse_published
+from stillframe.names import KINDS, MANIFEST_NAME, TOGETHER, latest_path, parse_published
 from stillframe.records import CatalogEntry
 
 EXPORTS = ("hf", TOGETHER)
@@ -55,6 +57,31 @@ def newest(run_dir: Path, *kinds: str) -> CatalogEntry | None:
 def next_sequence(run_dir: Path) -> int:
     """The `sequence` of the next publication: one above that of whatever kind and branch was published last."""
     return 1 + max((entry.sequence for entry in list_checkpoints(run_dir)), default=0)
+
+
+def steps_by_kind(entries: Iterable[CatalogEntry]) -> dict[str, tuple[int, ...]]:
+    """The steps of `entries`, ascending, for every kind there is."""
+    entries = tuple(entries)
+    return {kind: tuple(sorted(entry.step for entry in entries if entry.kind == kind)) for kind in KINDS}
+
+
+def point_to_newest(run_dir: Path, attempt: str) -> None:
+    """Have each link `<kind>-latest` name what was published last of its kind; durable on return.
+
+    `hf-latest` and `checkpoint-latest` lead into a `step-<N>` where that is newest. Where there is nothing, a link stays
+    as it is. Raises FileExistsError if something that is no link has its name, and OSError.
+    """
+    for kind, kinds, place in (
+        ("hf", EXPORTS, export_dir),
+        ("checkpoint", ("checkpoint", TOGETHER), checkpoint_dir),
+        ("snapshot", ("snapshot",), checkpoint_dir),
+    ):
+        entry, link = newest(run_dir, *kinds), latest_path(run_dir, kind)
+        if entry is None:
+            continue
+        target = str(place(entry).relative_to(run_dir))
+        if not (link.is_symlink() and str(link.readlink()) == target):
+            replace_link(link, target, attempt)
 
 
 def checkpoint_dir(entry: CatalogEntry) -> Path:

@@ -36,8 +36,9 @@ def files_in(directory: Path) -> dict[str, bytes]:
 
 
 def publish_whole(run_dir: Path, attempt: Attempt = WHOLE, *, overwrite: bool = False, sequence: int = 1) -> Path:
-    publication = attempt.publication(run_dir, overwrite=overwrite)
-    publication.prepare(attempt.inline_files)
+    attempt = replace(attempt, overwrite=overwrite)
+    publication = attempt.publication(run_dir)
+    publication.prepare(attempt.rank_0_files)
     attempt.write(publication.hidden_dir)
     publish(publication, attempt.receipts(attempt.item_pieces()), sequence=sequence)
     publication.clean_up()
@@ -68,7 +69,7 @@ def test_a_whole_attempt_gets_its_name_and_a_manifest_of_all_its_bytes(tmp_path:
 def test_the_config_comes_last_so_that_nobody_loads_what_is_not_whole(tmp_path: Path) -> None:
     publication = WHOLE.publication(tmp_path)
     to_write = publication.prepare(INLINE_FILES)
-    assert to_write == WHOLE.staged_files
+    assert to_write == WHOLE.small_files(0)
     assert "config.json" not in {file.name for file in to_write}
     assert ".stillframe/config.json" in {file.name for file in to_write}
     WHOLE.write(publication.hidden_dir)
@@ -413,7 +414,7 @@ def test_what_is_no_checkpoint_of_that_step_is_never_replaced(
 ) -> None:
     make_foreign(tmp_path / f"hf-{STEP}")
     before = everything(tmp_path)
-    publication = replace(WHOLE, attempt="0123456789abcdef.2").publication(tmp_path, overwrite=overwrite)
+    publication = replace(WHOLE, attempt="0123456789abcdef.2", overwrite=overwrite).publication(tmp_path)
     said = "is not a checkpoint of stillframe of that step .*; move it away" if overwrite else "pass overwrite=True"
     with pytest.raises(CheckpointExists, match=said):
         publication.prepare(INLINE_FILES)
@@ -426,8 +427,8 @@ def test_what_is_no_checkpoint_of_that_step_is_never_replaced(
 def test_what_appears_while_it_is_written_is_not_replaced_either(
     tmp_path: Path, make_foreign: Callable[[Path], None], overwrite: bool
 ) -> None:
-    attempt = replace(WHOLE, attempt="0123456789abcdef.2")
-    publication = attempt.publication(tmp_path, overwrite=overwrite)
+    attempt = replace(WHOLE, attempt="0123456789abcdef.2", overwrite=overwrite)
+    publication = attempt.publication(tmp_path)
     publication.prepare(INLINE_FILES)
     attempt.write(publication.hidden_dir)
     hidden = publication.hidden_dir.rename(tmp_path.with_name("aside"))
