@@ -38,8 +38,7 @@ from stillframe.export import Export
 from stillframe.frames import Frames, What
 from stillframe.layout.casting import Cast
 from stillframe.layout.huggingface import unwrapped, unwrapped_module
-from stillframe.layout.together import CHECKPOINT_DIR, EXPORT_DIR
-from stillframe.names import TOGETHER, published_path
+from stillframe.names import CHECKPOINT_PART, EXPORT_PART, TOGETHER, published_path
 from stillframe.options import CheckpointerOptions, checked_metrics, run_directory
 from stillframe.policies import RetentionPolicy
 from stillframe.records import Recovered
@@ -613,7 +612,7 @@ def _without_names(stateful: Mapping[str, Any] | None, taken: Collection[str]) -
 
 def _futures(job: SaveJob) -> tuple[tuple[Future[Path], Path], ...]:
     """One future a directory that the user asked for; none can be cancelled, for the other ranks save too."""
-    inside = (CHECKPOINT_DIR, EXPORT_DIR) if job.kind == TOGETHER else (".",)
+    inside = (CHECKPOINT_PART, EXPORT_PART) if job.kind == TOGETHER else (".",)
     futures = tuple((Future[Path](), job.final_dir / name) for name in inside)
     for future, _ in futures:
         future.set_running_or_notify_cancel()

@@ -15,8 +15,11 @@ import torch
 
 from stillframe.errors import UnsupportedModel
 from stillframe.export import Export
-from stillframe.layout.together import CHECKPOINT_DIR, EXPORT_DIR, plan_as_one, plan_together
-from stillframe.records import InlineFile, Layout, WritePlan
+from stillframe.layout.distcp import DistcpPlan
+from stillframe.layout.huggingface import HuggingFacePlan
+from stillframe.layout.together import as_one, plan_together, share_as_one
+from stillframe.names import CHECKPOINT_PART, EXPORT_PART
+from stillframe.records import Copy, Envelope, InlineFile, Layout, WritePlan
 from stillframe.resumable import Resumable
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.copy import Snapshotter
@@ -170,20 +173,21 @@ class Frames:
         return sources
 
     def _plan(self, what: What) -> _Staging:
-        if what == "hf":
-            assert self.export is not None
-            plan = self.export.plan(self._next_id())
-            return _Staging(layouts=(plan.layout,), share=plan.share, tensors=plan.tensors)
-        checkpoint = self.resumable.plan(self._next_id())
-        if what == "checkpoint":
-            return _Staging(layouts=(checkpoint.layout,), share=checkpoint.share, tensors=checkpoint.tensors)
-        assert self.export is not None
-        export = self.export.plan(self._next_id())
-        if what == "both":
-            joint = plan_together(export, checkpoint)
-            return _Staging(layouts=(checkpoint.layout, export.layout), share=joint.share, tensors=joint.tensors)
-        one = plan_as_one(export, checkpoint, plan_id=self._next_id())
-        return _Staging(layouts=(one.layout,), share=one.share, tensors=one.tensors)
+        export = self.export.plan(self._next_id()) if what != "checkpoint" and self.export is not None else None
+        checkpoint = self.resumable.plan(self._next_id()) if what != "hf" else None
+        if export is None or checkpoint is None:
+            alone = export or checkpoint
+            assert alone is not None, "everything is one or both"
+            return _Staging.of_one(alone)
+        joint = plan_together(export, checkpoint)
+        layouts: tuple[Layout, ...] = (checkpoint.layout, export.layout)
+        plans: tuple[WritePlan, ...] = (joint.checkpoint, joint.hf)
+        if what == "step":
+            layouts = (as_one(export.layout, checkpoint.layout),)
+            plans = (share_as_one(joint, layouts[0], plan_id=self._next_id()).plan,)
+        return _Staging(
+            layouts=layouts, plans=plans, copies=joint.copies, envelopes=joint.envelopes, tensors=joint.tensors
+        )
 
     def _next_id(self) -> int:
         self._plans += 1
@@ -223,7 +227,7 @@ class Frames:
         if what != "step":
             return files
         beside_checkpoint, beside_export = files
-        return [lambda: (*_inside(CHECKPOINT_DIR, beside_checkpoint()), *_inside(EXPORT_DIR, beside_export()))]
+        return [lambda: (*_inside(CHECKPOINT_PART, beside_checkpoint()), *_inside(EXPORT_PART, beside_export()))]
 
 
 def _inside(directory_name: str, files: Sequence[InlineFile]) -> list[InlineFile]:

@@ -26,7 +26,9 @@ KINDS = ("hf", "checkpoint", "snapshot", "step")
 HISTORY_NAME = "run.json"
 TRAIN_STATE_NAME = "train_state.json"
 TOGETHER = "step"
-"""The kind whose directories hold one of `hf/` and one of `checkpoint/`."""
+"""The kind whose directories hold both others, in these parts."""
+EXPORT_PART = "hf"
+CHECKPOINT_PART = "checkpoint"
 
 _STEP = r"(0|[1-9][0-9]{0,17})"  # not \d, which takes the digits of every script
 _KIND = f"({'|'.join(KINDS)})"

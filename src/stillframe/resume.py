@@ -28,9 +28,8 @@ from stillframe.errors import (
     OptionError,
     StillframeError,
 )
-from stillframe.layout.together import CHECKPOINT_DIR
 from stillframe.load.distcp import DistcpDirectory, open_distcp
-from stillframe.names import MANIFEST_NAME, TOGETHER, TRAIN_STATE_NAME, parse_published
+from stillframe.names import CHECKPOINT_PART, MANIFEST_NAME, TOGETHER, TRAIN_STATE_NAME, parse_published
 from stillframe.resumable import Resumable, decode_train_state
 from stillframe.state import rng
 from stillframe.state.objects import RNG, choose_states
@@ -133,7 +132,7 @@ def _unlisted(run_dir: Path, listed: Collection[Path]) -> list[Path]:
     for path in run_dir.iterdir():
         parsed = parse_published(path.name)
         if parsed is not None and parsed[0] in RESUMABLE and path not in listed and (path / MANIFEST_NAME).exists():
-            found.append((parsed[1], path / CHECKPOINT_DIR if parsed[0] == TOGETHER else path))
+            found.append((parsed[1], path / CHECKPOINT_PART if parsed[0] == TOGETHER else path))
     return [path for _, path in sorted(found, reverse=True)]
 
 

@@ -7,7 +7,7 @@ others:                   wait for open ─▶ write ─▶ vote ─▶         
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 

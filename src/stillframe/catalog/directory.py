@@ -11,7 +11,15 @@ from pathlib import Path
 from stillframe.durable import replace_link
 from stillframe.errors import LoadError, NotACheckpoint
 from stillframe.manifest import read_manifest
-from stillframe.names import KINDS, MANIFEST_NAME, TOGETHER, latest_path, parse_published
+from stillframe.names import (
+    CHECKPOINT_PART,
+    EXPORT_PART,
+    KINDS,
+    MANIFEST_NAME,
+    TOGETHER,
+    latest_path,
+    parse_published,
+)
 from stillframe.records import CatalogEntry
 
 EXPORTS = ("hf", TOGETHER)
@@ -68,8 +76,8 @@ def steps_by_kind(entries: Iterable[CatalogEntry]) -> dict[str, tuple[int, ...]]
 def point_to_newest(run_dir: Path, attempt: str) -> None:
     """Have each link `<kind>-latest` name what was published last of its kind; durable on return.
 
-    `hf-latest` and `checkpoint-latest` lead into a `step-<N>` where that is newest. Where there is nothing, a link stays
-    as it is. Raises FileExistsError if something that is no link has its name, and OSError.
+    `hf-latest` and `checkpoint-latest` lead into a `step-<N>` where that is newest. Where there is nothing, a link
+    stays as it is. Raises FileExistsError if something that is no link has its name, and OSError.
     """
     for kind, kinds, place in (
         ("hf", EXPORTS, export_dir),
@@ -88,14 +96,14 @@ def checkpoint_dir(entry: CatalogEntry) -> Path:
     """The directory of `entry` to resume from, in the DCP format. Raises NotACheckpoint for an export."""
     if entry.kind not in RESUMABLE:
         raise NotACheckpoint(f"{entry.path} is an export, from which no run can be resumed")
-    return entry.path / "checkpoint" if entry.kind == TOGETHER else entry.path
+    return entry.path / CHECKPOINT_PART if entry.kind == TOGETHER else entry.path
 
 
 def export_dir(entry: CatalogEntry) -> Path:
     """The Hugging Face directory of `entry`. Raises NotACheckpoint for a checkpoint or snapshot."""
     if entry.kind not in EXPORTS:
         raise NotACheckpoint(f"{entry.path} is a {entry.kind}, not an export")
-    return entry.path / "hf" if entry.kind == TOGETHER else entry.path
+    return entry.path / EXPORT_PART if entry.kind == TOGETHER else entry.path
 
 
 def damage(entry: CatalogEntry) -> str | None:
