@@ -105,7 +105,7 @@ def run(case: Case) -> Runs:
             tree = tree_of(model, stepped(model), frozen=case.frozen is None)
             place: dict[str, Any] = {"rank": rank, "world_size": case.world_size}
             hf = plan_huggingface(model, max_shard_bytes=100_000, cast=case.cast, plan_id=3, **place)
-            checkpoint = plan_distcp(tree, plan_id=5, max_file_bytes=500_000, **place)
+            checkpoint = plan_distcp(tree, plan_id=5, max_file_bytes=300_000, **place)
             joint = plan_together(hf, checkpoint)
             runs.hf.write(hf.share, hf.tensors)
             runs.checkpoint.write(checkpoint.share, checkpoint.tensors)
