@@ -28,7 +28,7 @@ from stillframe.records import InlineFile
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.copy import Snapshotter
 from stillframe.tree import StateTree
-from tests.property.playing import playing
+from tests.playing import playing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool]
 

@@ -88,18 +88,21 @@ class MetadataFiles:
         keys_of = {key: [key] for key in self._tree.tensors}
         for alias, key in self._tree.aliases.items():
             keys_of[key].append(alias)
+        # Tensors that are spread alike share their boxes, and so share what describes them: a pickle of half the size.
+        chunk_of = {
+            id(c.box): ChunkStorageMetadata(offsets=torch.Size(c.box.offsets), sizes=torch.Size(c.box.sizes))
+            for c in {id(c.box): c for c in self._chunks}.values()
+        }
         for key, tensor in self._tree.tensors.items():
-            boxes = [(torch.Size(c.box.offsets), torch.Size(c.box.sizes)) for c in chunks[key]]
+            boxes = [chunk_of[id(c.box)] for c in chunks[key]]
             described = TensorStorageMetadata(
-                properties=TensorProperties(dtype=tensor.dtype),
-                size=torch.Size(tensor.shape),
-                chunks=[ChunkStorageMetadata(offsets=offsets, sizes=sizes) for offsets, sizes in boxes],
+                properties=TensorProperties(dtype=tensor.dtype), size=torch.Size(tensor.shape), chunks=boxes
             )
             places = [_StorageInfo(c.file, c.offset, c.envelope.total_bytes) for c in chunks[key]]
             for name in keys_of[key]:
                 tensors[name] = described
-                for index, ((offsets, _), place) in enumerate(zip(boxes, places, strict=True)):
-                    storage[MetadataIndex(name, offsets, index)] = place
+                for index, (box, place) in enumerate(zip(boxes, places, strict=True)):
+                    storage[MetadataIndex(name, box.offsets, index)] = place
         position = 0
         for key, length in zip(self._tree.objects, object_lengths, strict=True):
             tensors[key] = BytesStorageMetadata()

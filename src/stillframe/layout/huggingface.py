@@ -56,13 +56,17 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors refuses to read a longer one
 class HuggingFacePlan:
     """A layout, this rank's share of it, and the model's own tensors that the snapshot copies from, by name.
 
-    `config_dtype` is the model's dtype in the files, as config.json says it.
+    `config_dtype` is the model's dtype in the files, as config.json says it. `items`, `sources` and `holdings` are what
+    the share was made of, for a save that shares it out otherwise (`together`).
     """
 
     layout: Layout
     share: RankShare
     tensors: Mapping[str, torch.Tensor]
     config_dtype: torch.dtype
+    items: Sequence[PlacedItem]
+    sources: Sequence[str]
+    holdings: Mapping[str, Holding]
 
 
 def plan_huggingface(
@@ -98,7 +102,15 @@ def plan_huggingface(
     )
     share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
     config_dtype = model.dtype if cast is None else saved_dtype(model, tensors, key_map)
-    return HuggingFacePlan(layout=layout, share=share, tensors=tensors, config_dtype=config_dtype)
+    return HuggingFacePlan(
+        layout=layout,
+        share=share,
+        tensors=tensors,
+        config_dtype=config_dtype,
+        items=items,
+        sources=key_map.sources,
+        holdings=holdings,
+    )
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:

@@ -6,21 +6,19 @@ boxes, for any rank (`Spread`).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, product
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from stillframe.errors import UnsupportedPlacement
 from stillframe.layout.intervals import DimShards, Intervals, held_along, order_matters, partitions
+from stillframe.layout.meshes import MeshPlace, place_in_mesh, replicas_at
 from stillframe.layout.runs import Runs, coalesce, strided
 
 
@@ -91,7 +89,7 @@ class Holdings:
     def __init__(self, *, rank: int, world_size: int) -> None:
         self._rank = rank
         self._everyone = tuple(range(world_size))
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, MeshPlace] = {}
         self._distributions: dict[tuple[object, ...], _Distribution] = {}
         self._holdings: dict[_Distribution, Holding] = {}
         self._spreads: dict[object, Spread] = {}
@@ -137,7 +135,7 @@ class Holdings:
         key = (id(mesh), placements, shape)
         if key not in self._distributions:
             if id(mesh) not in self._places:
-                self._places[id(mesh)] = _place(name, mesh, self._everyone)
+                self._places[id(mesh)] = place_in_mesh(name, mesh, self._everyone)
             self._distributions[key] = _distribution(name, shape, placements, self._places[id(mesh)])
         distribution = self._distributions[key]
         expected, local_shape = distribution.local_shape, tuple(tensor._local_tensor.shape)
@@ -150,57 +148,12 @@ class Holdings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Place:
-    """This rank's place in a mesh, and the mesh's in the one that spans the job; `mesh` is kept so that its id is.
-
-    `identity` says the same on all ranks: which ranks the mesh (and its likes, for the other ranks) puts where.
-    """
-
-    mesh: DeviceMesh
-    ranks: npt.NDArray[np.int64]
-    coordinate: tuple[int, ...]
-    whole: npt.NDArray[np.int64]
-    whole_coordinate_of: npt.NDArray[np.int64]
-    is_dim_of_part: tuple[bool, ...]
-    identity: str
-
-
-def _place(name: str, mesh: DeviceMesh, everyone: tuple[int, ...]) -> _Place:
-    whole = np.asarray(mesh._get_root_mesh().mesh.numpy(), dtype=np.int64)
-    flat = whole.reshape(-1)
-    if not np.array_equal(np.sort(flat), np.arange(len(everyone))):
-        raise UnsupportedPlacement(
-            f"{name}: its mesh {mesh} belongs to one of ranks {sorted(flat.tolist())} but the job has ranks "
-            f"0..{len(everyone) - 1}; a tensor must be distributed over a mesh that spans all ranks of the job, or "
-            "over a part of such a mesh"
-        )
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "a rank of a mesh that spans all ranks has a coordinate"
-    ranks = np.asarray(mesh.mesh.numpy(), dtype=np.int64)
-    coordinate_of = np.stack(np.unravel_index(np.argsort(flat), whole.shape), axis=-1)
-    extents = [len(np.unique(column)) for column in coordinate_of[ranks.reshape(-1)].T]
-    if math.prod(extents) != ranks.size:
-        raise UnsupportedPlacement(f"{name}: its mesh {ranks.tolist()} is no regular part of {whole.tolist()}")
-    is_dim_of_part = tuple(extent > 1 for extent in extents)
-    first = whole[tuple((coordinate_of[ranks] * is_dim_of_part).reshape(-1, whole.ndim).T)]  # the one with rank 0's kin
-    return _Place(
-        mesh=mesh,
-        ranks=ranks,
-        coordinate=tuple(coordinate),
-        whole=whole,
-        whole_coordinate_of=coordinate_of,
-        is_dim_of_part=is_dim_of_part,
-        identity=hashlib.sha256(repr((whole.tolist(), first.tolist())).encode()).hexdigest(),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Distribution:
     """How a tensor is distributed, proven to be exactly describable; `shards` and `local_shape` per dimension."""
 
     shape: tuple[int, ...]
     placements: tuple[Placement, ...]
-    place: _Place
+    place: MeshPlace
     shards: tuple[DimShards, ...]
     local_shape: tuple[int, ...]
 
@@ -216,7 +169,7 @@ class _Distribution:
     def holding(self) -> Holding:
         return Holding(
             runs=_flat_runs(self.shape, self.along(self.place.coordinate)),
-            replicas=_replicas(self.placements, self.place, self.place.coordinate),
+            replicas=replicas_at(self.placements, self.place, self.place.coordinate),
             signature=self.signature,
         )
 
@@ -234,11 +187,13 @@ class _Distribution:
         for coordinate in coordinates:
             boxes = _boxes(self.along(coordinate))
             if boxes:
-                parts.append(Part(replicas=_replicas(self.placements, self.place, coordinate), boxes=boxes))
+                parts.append(Part(replicas=replicas_at(self.placements, self.place, coordinate), boxes=boxes))
         return Spread(parts=tuple(parts), signature=self.signature)
 
 
-def _distribution(name: str, shape: tuple[int, ...], placements: tuple[Placement, ...], place: _Place) -> _Distribution:
+def _distribution(
+    name: str, shape: tuple[int, ...], placements: tuple[Placement, ...], place: MeshPlace
+) -> _Distribution:
     _refuse_unsupported(name, placements)
     mesh_shape = place.ranks.shape
     shards = tuple(_shards_of(dim, placements, mesh_shape) for dim in range(len(shape)))
@@ -269,22 +224,6 @@ def _boxes(per_dim: list[Intervals]) -> tuple[Box, ...]:
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-
-
-def _replicas(placements: tuple[Placement, ...], place: _Place, coordinate: tuple[int, ...]) -> tuple[int, ...]:
-    """All ranks of the job that hold what the one at `coordinate` of the mesh holds.
-
-    A tensor on the part `mesh["fsdp"]` of an (fsdp, tp) mesh, such as a norm, is held alike by all ranks along tp: each
-    has it on a part of its own. So the mesh dimensions that the part does not have count as replication.
-    """
-    index = tuple(slice(None) if isinstance(p, Replicate) else c for p, c in zip(placements, coordinate, strict=True))
-    held: set[int] = set()
-    for whole_coordinate in place.whole_coordinate_of[place.ranks[index].reshape(-1)].tolist():
-        whole_index = tuple(
-            c if is_dim else slice(None) for c, is_dim in zip(whole_coordinate, place.is_dim_of_part, strict=True)
-        )
-        held.update(place.whole[whole_index].reshape(-1).tolist())
-    return tuple(sorted(held))
 
 
 def _refuse_unsupported(name: str, placements: Sequence[Placement]) -> None:
