@@ -44,6 +44,17 @@ class Folder:
 
         Raises FileNotFoundError, LoadError where it cannot be opened, CorruptCheckpoint for what is no such file.
         """
+        with self._beneath(name) as (within, leaf):
+            return os.open(leaf, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=within)
+
+    def own_size(self, name: str) -> int:
+        """The size in bytes of a file that `open_own_file` would open; raises what it raises."""
+        with self._beneath(name) as (within, leaf):
+            return os.stat(leaf, dir_fd=within, follow_symlinks=False).st_size
+
+    @contextmanager
+    def _beneath(self, name: str) -> Iterator[tuple[int, str]]:
+        """The folder of a regular file, as a descriptor, and the file's name in it."""
         *folders, leaf = PurePosixPath(name).parts
         within = os.dup(self.descriptor)
         try:
@@ -57,7 +68,7 @@ class Folder:
                 raise CorruptCheckpoint(
                     f"{self.path / name}: is not a regular file; links are not followed, put the file itself there"
                 )
-            return os.open(leaf, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=within)
+            yield within, leaf
         except FileNotFoundError:
             raise
         except NotADirectoryError as error:
