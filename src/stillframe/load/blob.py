@@ -73,11 +73,11 @@ def find_payload(
     except (PickleRefused, zipfile.BadZipFile) as error:
         raise CorruptCheckpoint(f"{where} is no tensor that torch.save wrote: {error}") from error
     # What else zipfile raises for arbitrary bytes: text that is none, versions and methods that it does not know.
-    except (ValueError, NotImplementedError, RuntimeError, struct.error, EOFError, KeyError, IndexError) as error:
+    except (ValueError, NotImplementedError, RuntimeError, OverflowError, struct.error, EOFError, LookupError) as error:
         raise CorruptCheckpoint(f"{where} is no tensor that torch.save wrote: {type(error).__name__}") from error
     if (tensor.dtype, tensor.shape) != (dtype, shape):
         raise CorruptCheckpoint(
-            f"{where} is a tensor of {tensor.dtype} and shape {tensor.shape}, not of {dtype} and {shape} as .metadata says"
+            f"{where} is a tensor of {tensor.dtype} and shape {tensor.shape}; .metadata says {dtype} and {shape}"
         )
     extent = 1 + sum((size - 1) * step for size, step in zip(shape, tensor.stride, strict=True))
     begin = record.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes

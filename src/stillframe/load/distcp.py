@@ -23,7 +23,7 @@ from awscrt.checksums import crc64nvme
 from stillframe import names
 from stillframe.errors import CorruptCheckpoint, LoadError, ModelMismatch, NotACheckpoint
 from stillframe.load.filling import fill_targets
-from stillframe.load.folder import MAX_SMALL_BYTES, Folder, listed, open_folder, read_fully, read_whole
+from stillframe.load.folder import MAX_SMALL_BYTES, Folder, is_inside, listed, open_folder, read_fully, read_whole
 from stillframe.load.local import local_part
 from stillframe.load.metadata import (
     METADATA_NAME,
@@ -55,6 +55,7 @@ class DistcpDirectory:
         self.paths: Mapping[str, KeyPath] = metadata.paths
         self._folder = folder
         self._blobs = metadata.objects
+        self._tensor_files = {chunk.blob.file for state in metadata.tensors.values() for chunk in state.chunks}
         self._files: OrderedDict[str, int] = OrderedDict()
         self._checked: tuple[str, bytes] | None = None
 
@@ -90,8 +91,8 @@ class DistcpDirectory:
         `verify`: every chunk that this rank needs any part of is checked against the manifest, if there is one; of a
         chunk that is needed in part, the rest is read for that. `partial` as for `differences`.
 
-        Raises ModelMismatch with all differences, or UnsupportedPlacement, before anything is written. CorruptCheckpoint
-        or LoadError while reading leave the targets partly filled.
+        Raises ModelMismatch with all differences, or UnsupportedPlacement, before anything is written.
+        CorruptCheckpoint or LoadError while reading leave the targets partly filled.
         """
         differences = self.differences(targets, partial=partial)
         if differences:
@@ -140,16 +141,12 @@ class DistcpDirectory:
 
     def _read_object(self, blob: Blob) -> bytes:
         entry = self.manifest.files.get(blob.file) if self.manifest is not None else None
-        if entry is None or entry.size > MAX_SMALL_BYTES or self._holds_tensors(blob.file):
+        if entry is None or entry.size > MAX_SMALL_BYTES or blob.file in self._tensor_files:
             path, descriptor = self._open(blob.file)
             return read_fully(path, descriptor, blob.offset, blob.length_bytes)
         if self._checked is None or self._checked[0] != blob.file:
             self._checked = (blob.file, self.read_checked(blob.file))
         return self._checked[1][blob.offset : blob.offset + blob.length_bytes]
-
-    def _holds_tensors(self, file: str) -> bool:
-        assert self.manifest is not None
-        return any(entry.file == file for entry in self.manifest.tensors.values())
 
     def _open(self, name: str) -> tuple[Path, int]:
         """Path and descriptor of a file; the descriptor is good until many others have been asked for."""
@@ -249,6 +246,9 @@ def _check_files(folder: Folder, metadata: StoredMetadata, manifest: Manifest | 
     published = manifest.files if manifest is not None else {}
     wrong = []
     for name in sorted({*last, *published}):
+        if not is_inside(name):
+            wrong.append(f"{name!r}, which {names.MANIFEST_NAME} lists, is outside of the directory")
+            continue
         try:
             size = folder.own_size(name)
         except FileNotFoundError:
@@ -294,8 +294,8 @@ def _check_chunks(directory: Path, metadata: StoredMetadata, manifest: Manifest)
     wrong += [f"{n} is in {names.MANIFEST_NAME} only" for n, e in manifest.tensors.items() if e.size and n not in known]
     if wrong:
         raise CorruptCheckpoint(
-            f"{directory}: {names.MANIFEST_NAME} and {METADATA_NAME} disagree; they are of different checkpoints, or one "
-            f"was changed: {listed(wrong)}. Load another checkpoint"
+            f"{directory}: {names.MANIFEST_NAME} and {METADATA_NAME} disagree, so one of them was changed or belongs to "
+            f"another checkpoint: {listed(wrong)}. Load another checkpoint"
         )
 
 

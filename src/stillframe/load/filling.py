@@ -216,8 +216,8 @@ class _Filling:
             return
         begin, end = job.entry.offset, job.entry.offset + job.entry.size
         raise CorruptCheckpoint(
-            f"{path}: {job.key!r} (its chunk at {job.chunk.offsets}) was changed or damaged after it was published: the "
-            f"checksum of bytes {begin} to {end} is {crc:016x}, not {job.entry.crc64nvme}. Load another checkpoint"
+            f"{path}: {job.key!r} (its chunk at {job.chunk.offsets}) was changed or damaged after it was published: "
+            f"the checksum of bytes {begin} to {end} is {crc:016x}, not {job.entry.crc64nvme}. Load another checkpoint"
         )
 
 

@@ -122,6 +122,10 @@ def _open(directory: Path) -> int:
 
 def is_inside(name: str) -> bool:
     """Whether a file name from a checkpoint stays inside of its directory."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
     parts = PurePosixPath(name).parts
     return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
 

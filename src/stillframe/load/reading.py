@@ -154,7 +154,7 @@ def read_into(
 
     Raises CorruptCheckpoint where the file ends before, LoadError where reading fails.
     """
-    waiting = list(reversed(places))
+    waiting = [place for place in reversed(places) if len(place)]
     begin = offset
     while waiting:
         batch: list[memoryview] = []
