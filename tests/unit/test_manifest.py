@@ -63,6 +63,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
         balance=draw(st.floats(0, 10**9)),
         files=files,
         tensors=tensors,
+        branch=draw(texts),
+        metrics=draw(st.dictionaries(texts, st.floats(allow_nan=False, allow_infinity=False), max_size=3)),
     )
 
 
@@ -79,6 +81,13 @@ def test_fields_of_a_later_writer_are_ignored() -> None:
     fields = json.loads(encode_manifest(MANIFEST)) | {"new": [1]}
     fields["files"]["config.json"]["new"] = None
     assert decode_manifest(json.dumps(fields).encode(), PATH) == MANIFEST
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, True, "0.5", None])
+def test_a_metric_is_a_finite_number(value: Any) -> None:
+    fields = json.loads(encode_manifest(MANIFEST)) | {"metrics": {"loss": value}}
+    with pytest.raises(CorruptCheckpoint, match="is not a valid manifest"):
+        decode_manifest(json.dumps(fields).encode(), PATH)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +154,11 @@ def test_a_missing_field_is_refused_unless_it_is_an_entry_of_its_own(place: tupl
     for key in place[:-1]:
         holder = holder[key]
     del holder[place[-1]]
+    later = place in (("branch",), ("metrics",))
     optional = place[:-1] in (("versions",), ("tensors",)) or place == ("files", "config.json")
-    if optional:
+    if later:
+        assert decode_manifest(json.dumps(fields).encode(), PATH) == MANIFEST
+    elif optional:
         assert decode_manifest(json.dumps(fields).encode(), PATH) != MANIFEST
     else:
         with pytest.raises(CorruptCheckpoint, match=str(PATH)):
