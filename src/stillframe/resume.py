@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stillframe.catalog.directory import RESUMABLE, checkpoint_dir, list_checkpoints
 from stillframe.commit.failure import Failure
 from stillframe.commit.rendezvous import Rendezvous
@@ -29,11 +31,12 @@ from stillframe.errors import (
     StillframeError,
 )
 from stillframe.load.distcp import DistcpDirectory, open_distcp
+from stillframe.load.folder import listed
 from stillframe.names import CHECKPOINT_PART, MANIFEST_NAME, TOGETHER, TRAIN_STATE_NAME, parse_published
 from stillframe.resumable import Resumable, decode_train_state
 from stillframe.state import rng
 from stillframe.state.objects import RNG, choose_states
-from stillframe.state.restoring import OptimizerLoad, model_targets
+from stillframe.state.restoring import OptimizerLoad, Targets, model_targets
 
 _log = logging.getLogger("stillframe")
 
@@ -234,10 +237,8 @@ def _load(path: Path, choice: ResumeChoice, resumable: Resumable, meeting: Rende
             optimizers = OptimizerLoad(resumable.model, resumable.optimizers, directory.tensors, directory.paths)
             wanted.append(optimizers.targets)
         targets = {key: tensor for part in wanted for key, tensor in part.tensors.items()}
-        missing = [key for part in wanted for key in part.missing]
-        unexpected = [key for part in wanted for key in part.unexpected]
-        directory.refuse_differences(targets, missing=missing, unexpected=unexpected)
-        bytes_read = directory.fill(targets, verify=choice.verify)
+        _refuse_differences(directory, targets, wanted)
+        bytes_read = directory.fill(targets, verify=choice.verify, partial=True)
         if optimizers is not None:
             objects = {k: directory.object(k) for k in sorted(directory.objects) if directory.paths[k][0] == OPTIMIZER}
             optimizers.put_in_place(objects, arguments=OPTIMIZER_ARGUMENTS not in choice.skip)
@@ -256,6 +257,25 @@ def _load(path: Path, choice: ResumeChoice, resumable: Resumable, meeting: Rende
         left_as_they_are=left,
         bytes_read=bytes_read,
     )
+
+
+def _refuse_differences(
+    directory: DistcpDirectory, targets: Mapping[str, torch.Tensor], wanted: Sequence[Targets]
+) -> None:
+    """Raise ModelMismatch with everything that the checkpoint lacks, has too much, or has in another form."""
+    missing = [key for part in wanted for key in part.missing]
+    unexpected = [key for part in wanted for key in part.unexpected]
+    found = []
+    if missing:
+        found.append(f"{len(missing)} tensors are not in the checkpoint: {listed(missing)}")
+    if unexpected:
+        found.append(f"{len(unexpected)} tensors of the checkpoint have no place: {listed(unexpected)}")
+    if unfit := directory.differences(targets, partial=True):
+        found.append(unfit)
+    if found:
+        raise ModelMismatch(
+            f"{directory.path} is the checkpoint of another model or optimizer, nothing was loaded: {'; '.join(found)}"
+        )
 
 
 def _rank_states(

@@ -185,6 +185,7 @@ def open_distcp(directory: Path) -> Iterator[DistcpDirectory]:
         metadata = parse_metadata(content, path)
         _check_files(folder, metadata, manifest)
         if manifest is not None:
+            manifest = _with_aliases(manifest, metadata)
             _check_chunks(directory, metadata, manifest)
         opened = DistcpDirectory(folder, metadata, manifest)
         try:
@@ -273,6 +274,16 @@ def _check_files(folder: Folder, metadata: StoredMetadata, manifest: Manifest | 
         )
 
 
+def _with_aliases(manifest: Manifest, metadata: StoredMetadata) -> Manifest:
+    """`manifest` with the chunks of tied tensors under each of their keys: they were written, and are listed, once."""
+    chunks = [
+        (chunk_name(k, chunk.offsets), chunk.blob) for k, state in metadata.tensors.items() for chunk in state.chunks
+    ]
+    named = {blob: manifest.tensors[name] for name, blob in chunks if name in manifest.tensors}
+    aliases = {name: named[blob] for name, blob in chunks if name not in manifest.tensors and blob in named}
+    return replace(manifest, tensors={**manifest.tensors, **aliases}) if aliases else manifest
+
+
 def _check_chunks(directory: Path, metadata: StoredMetadata, manifest: Manifest) -> None:
     """Manifest and `.metadata` know the same chunks, in the same places."""
     wrong = []
@@ -294,8 +305,8 @@ def _check_chunks(directory: Path, metadata: StoredMetadata, manifest: Manifest)
     wrong += [f"{n} is in {names.MANIFEST_NAME} only" for n, e in manifest.tensors.items() if e.size and n not in known]
     if wrong:
         raise CorruptCheckpoint(
-            f"{directory}: {names.MANIFEST_NAME} and {METADATA_NAME} disagree, so one of them was changed or belongs to "
-            f"another checkpoint: {listed(wrong)}. Load another checkpoint"
+            f"{directory}: {names.MANIFEST_NAME} and {METADATA_NAME} disagree, so one of them was changed or is another "
+            f"checkpoint's: {listed(wrong)}. Load another checkpoint"
         )
 
 
