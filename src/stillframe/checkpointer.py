@@ -450,7 +450,7 @@ class Checkpointer:
                 path=self._options.run_dir,
             )
         try:
-            self._live_frames()
+            self._live_frames().refuse_unplanned(what)
             if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < _MAX_STEP:
                 raise OptionError(f"step must be an integer from 0 to 10^18 - 1, not {step!r}")
             state = encode_train_state(step, train_state)

@@ -164,11 +164,14 @@ class Frames:
             self._stagings.clear()
             self._free_arena()
 
+    def refuse_unplanned(self, what: What) -> None:
+        """Raise UnsupportedModel for what these frames were not made for."""
+        if what != "checkpoint" and self.export is None:
+            raise UnsupportedModel("this Checkpointer was made with hf_export=False, so it has no exports")
+
     def _sources(self, what: What) -> list[Export | Resumable]:
         sources: list[Export | Resumable] = [] if what == "hf" else [self.resumable]
-        if what != "checkpoint":
-            if self.export is None:
-                raise UnsupportedModel("this Checkpointer was made with hf_export=False, so it plans no exports")
+        if what != "checkpoint" and self.export is not None:
             sources.append(self.export)
         return sources
 

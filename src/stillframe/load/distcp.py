@@ -305,8 +305,8 @@ def _check_chunks(directory: Path, metadata: StoredMetadata, manifest: Manifest)
     wrong += [f"{n} is in {names.MANIFEST_NAME} only" for n, e in manifest.tensors.items() if e.size and n not in known]
     if wrong:
         raise CorruptCheckpoint(
-            f"{directory}: {names.MANIFEST_NAME} and {METADATA_NAME} disagree, so one of them was changed or is another "
-            f"checkpoint's: {listed(wrong)}. Load another checkpoint"
+            f"{directory}: {names.MANIFEST_NAME} and {METADATA_NAME} disagree, so one of them was changed or is of "
+            f"another checkpoint: {listed(wrong)}. Load another checkpoint"
         )
 
 
