@@ -176,6 +176,7 @@ class CatalogEntry:
 
     Entries order by `sequence`, the order of publication, not by step. `kind` is that of the name: "hf", "checkpoint",
     "snapshot" or "step". `branch` is the branch of the run that published it, "" the first.
+    `metrics` are those that were given at the save and are finite.
     """
 
     path: Path

@@ -1,18 +1,23 @@
-"""Listing the published checkpoints of a run."""
+"""Listing the published checkpoints of a run, and the links to the newest of them."""
 
 from __future__ import annotations
 
+import math
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from stillframe.durable import replace_link
 from stillframe.errors import LoadError, NotACheckpoint
 from stillframe.manifest import read_manifest
-from stillframe.names import MANIFEST_NAME, TOGETHER, parse_published
+from stillframe.names import KINDS, MANIFEST_NAME, TOGETHER, latest_path, parse_published
 from stillframe.records import CatalogEntry
 
-EXPORTS = ("hf", TOGETHER)
+FAMILIES = {"hf": ("hf", TOGETHER), "checkpoint": ("checkpoint", TOGETHER), "snapshot": ("snapshot",)}
+"""What has a link to its newest and a rule of retention, and the kinds that count in it. `step-<N>` counts twice."""
+EXPORTS = FAMILIES["hf"]
 """The kinds that hold a Hugging Face directory: `export_dir`."""
 RESUMABLE = ("checkpoint", "snapshot", TOGETHER)
 """The kinds that hold a place to resume from: `checkpoint_dir`."""
@@ -55,6 +60,28 @@ def newest(run_dir: Path, *kinds: str) -> CatalogEntry | None:
 def next_sequence(run_dir: Path) -> int:
     """The `sequence` of the next publication: one above that of whatever kind and branch was published last."""
     return 1 + max((entry.sequence for entry in list_checkpoints(run_dir)), default=0)
+
+
+def steps_by_kind(entries: Iterable[CatalogEntry]) -> dict[str, tuple[int, ...]]:
+    """The steps of `entries`, ascending, for every kind there is."""
+    entries = tuple(entries)
+    return {kind: tuple(sorted(entry.step for entry in entries if entry.kind == kind)) for kind in KINDS}
+
+
+def point_to_newest(run_dir: Path, kind: str, attempt: str) -> None:
+    """Have the links that a checkpoint of `kind` may be the newest for name the newest there is, if any; durable.
+
+    `hf-latest` leads to `hf-<N>` or `step-<N>/hf`, `checkpoint-latest` to `checkpoint-<N>` or `step-<N>/checkpoint`,
+    `snapshot-latest` to `snapshot-<N>`. Raises FileExistsError if something that is no link has its name, and OSError.
+    """
+    for family, kinds in FAMILIES.items():
+        entry = newest(run_dir, *kinds) if kind in kinds else None
+        if entry is None:
+            continue
+        target = f"{entry.path.name}/{family}" if entry.kind == TOGETHER else entry.path.name
+        link = latest_path(run_dir, family)
+        if not (link.is_symlink() and str(link.readlink()) == target):
+            replace_link(link, target, attempt)
 
 
 def checkpoint_dir(entry: CatalogEntry) -> Path:
@@ -127,6 +154,6 @@ def _decoded(path: Path, version: tuple[int, ...]) -> _Listed:
         size_bytes=manifest.size_bytes,
         published_at=manifest.published_at,
         branch=manifest.branch,
-        metrics=manifest.metrics,
+        metrics={name: value for name, value in manifest.metrics.items() if math.isfinite(value)},
     )
     return _Listed(entry, tuple((name, file.size) for name, file in manifest.files.items()))
