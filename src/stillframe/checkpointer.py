@@ -103,9 +103,10 @@ class Checkpointer:
         self._at_exit = _exit_handler(weakref.ref(self))
         companions = tuple(companion for companion in (processor, tokenizer) if companion is not None)
         try:
-            self._steps = agree_to_start(
+            started = agree_to_start(
                 self._options.run_dir, self._ballot, self._meeting, lambda: self._set_up(model, companions)
             )
+            self._steps = started.steps["hf"]
         except BaseException:
             self._release()
             raise
@@ -280,7 +281,7 @@ class Checkpointer:
             aftermath = run_save(job, ballot, self._meeting, export.writer, tracker, on_published)
             if self._meeting.rank == 0:
                 self._ballot.forget()  # every rank has voted on this attempt, so each is done with the one before
-            self._steps = frozenset(aftermath.steps)
+            self._steps = frozenset(aftermath.steps["hf"])
             if aftermath.trouble is not None:
                 raise aftermath.trouble.exception(step=job.step, path=job.final_dir)
         except BaseException as error:  # noqa: BLE001  # the future must end, and the user must learn, whatever it is

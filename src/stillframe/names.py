@@ -30,7 +30,8 @@ TOGETHER = "step"
 _STEP = r"(0|[1-9][0-9]{0,17})"  # not \d, which takes the digits of every script
 _KIND = f"({'|'.join(KINDS)})"
 _PUBLISHED = re.compile(rf"{_KIND}-{_STEP}")
-_COMPLETE = re.compile(rf"\.{_KIND}-{_STEP}\.complete-[0-9a-f]{{8,64}}\.[0-9]{{1,9}}")
+_INCOMPLETE = re.compile(rf"\.{_KIND}-{_STEP}\.incomplete")
+_COMPLETE = re.compile(rf"\.{_KIND}-{_STEP}\.complete-([0-9a-f]{{8,64}}\.[0-9]{{1,9}})")
 _RETIRED = re.compile(rf"\.{_KIND}-{_STEP}\.retired-[0-9a-f]{{8,64}}\.[0-9]{{1,9}}")
 
 
@@ -68,6 +69,11 @@ def plan_name() -> str:
     return f"{WORK_DIR_NAME}/plan.json"
 
 
+def staged_name(name: str) -> str:
+    """Where a file is, relative to its incomplete directory, that is held back from its place `name`."""
+    return f"{WORK_DIR_NAME}/{name}"
+
+
 def rank_state_name(rank: int) -> str:
     """The file of a checkpoint that holds what only this rank has: its random state, its position in the data."""
     return f"state/rank-{rank:05d}.pt"
@@ -83,7 +89,13 @@ def is_retired(name: str) -> bool:
     return _RETIRED.fullmatch(name) is not None
 
 
-def parse_complete(name: str) -> tuple[str, int] | None:
-    """`(kind, step)` of the name that a whole directory has just before its final one, None for any other name."""
-    match = _COMPLETE.fullmatch(name)
+def parse_incomplete(name: str) -> tuple[str, int] | None:
+    """`(kind, step)` of the name that a directory has while it is written, None for any other name."""
+    match = _INCOMPLETE.fullmatch(name)
     return (match[1], int(match[2])) if match else None
+
+
+def parse_complete(name: str) -> tuple[str, int, str] | None:
+    """`(kind, step, attempt)` of the name that a whole directory has just before its final one, None for any other."""
+    match = _COMPLETE.fullmatch(name)
+    return (match[1], int(match[2]), match[3]) if match else None

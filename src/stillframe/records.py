@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +169,21 @@ class Receipt:
     layout_digest: str
     bytes_written: int
     files: tuple[FileReceipt, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """What the start of a job did with a directory that an earlier one had left unpublished.
+
+    `path` is where it was. `action` is "published" (it has its final name now), "removed", or "left" (it stays, since
+    it is not recognised, or something is in the way); `reason` says why.
+    """
+
+    path: Path
+    kind: str
+    step: int
+    action: Literal["published", "removed", "left"]
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

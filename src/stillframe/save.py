@@ -7,24 +7,23 @@ others:                   wait for open ─▶ write ─▶ vote ─▶         
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from stillframe import names
-from stillframe.catalog.directory import list_checkpoints, next_sequence
+from stillframe.catalog.directory import list_checkpoints, next_sequence, point_to_newest, steps_by_kind
 from stillframe.catalog.retention import retain
 from stillframe.commit.failure import Failure
+from stillframe.commit.plan import AttemptPlan
 from stillframe.commit.publish import Publication
 from stillframe.commit.rendezvous import Rendezvous
 from stillframe.commit.vote import Aftermath, Ballot, Vote
-from stillframe.durable import replace_link
 from stillframe.errors import SaveFailed, SaveTimeout, StillframeError, WriteFailed, WriterDied
 from stillframe.policies import Retention
-from stillframe.records import InlineFile, Layout, Receipt, WriteRequest
+from stillframe.records import InlineFile, Layout, WriteRequest
 from stillframe.watch.progress import Tracker
 from stillframe.writer.client import WriterClient, WriterError
-from stillframe.writer.messages import decode_receipt
 
 _WRITER_ERRORS: Mapping[str, type[SaveFailed]] = {
     "failed": WriteFailed,
@@ -37,7 +36,8 @@ _WRITER_ERRORS: Mapping[str, type[SaveFailed]] = {
 class SaveJob:
     """What is saved: captured on the training thread, constant from then on.
 
-    `inline_files` are rank 0's to write; other ranks have none. `snapshot_failure`: the arena could not be
+    `inline_files` are this rank's to write: on rank 0 all that the layout wants beside its files, elsewhere only the
+    rank's own one of the layout's `rank_files`, if it has such. `snapshot_failure`: the arena could not be
     filled on this rank, which the other ranks must learn of. `kind` is that of the name: checkpoints and snapshots have
     one layout.
     """
@@ -54,6 +54,8 @@ class SaveJob:
     git_commit: str | None
     versions: Mapping[str, str]
     timeout_s: float
+    branch: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def final_dir(self) -> Path:
@@ -101,9 +103,7 @@ def run_save(
 
 def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterClient, tracker: Tracker) -> Publication:
     """Rank 0's part up to the verdict, which it has told everyone when this returns or raises."""
-    publication = Publication(
-        job.run_dir, job.layout, kind=job.kind, step=job.step, attempt=ballot.attempt, overwrite=job.overwrite
-    )
+    publication = Publication(job.run_dir, _plan(job, ballot.attempt))
     try:
         if job.snapshot_failure is not None:
             raise job.snapshot_failure.exception(step=job.step, path=job.final_dir)
@@ -116,9 +116,8 @@ def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterCl
     ballot.cast(_write(replace(job, inline_files=inline_files), ballot.attempt, meeting, writer, tracker))
     try:
         ballot.collect()
-        receipts = [_receipt(job, publication.inside, rank) for rank in range(meeting.world_size)]
-        sequence = next_sequence(job.run_dir)
-        publication.publish(receipts, sequence=sequence, git_commit=job.git_commit, versions=job.versions)
+        proven = publication.prove(publication.receipts())
+        publication.publish(proven, sequence=next_sequence(job.run_dir))
     except Exception as error:  # likewise
         failure = _given_up(publication, error, "publish")
         ballot.decide(failure)
@@ -136,29 +135,35 @@ def _given_up(publication: Publication, error: Exception, stage: str) -> Failure
     return failure
 
 
-def _receipt(job: SaveJob, hidden_dir: Path, rank: int) -> Receipt:
-    try:
-        return decode_receipt((hidden_dir / names.receipt_name(rank)).read_bytes())
-    except (OSError, ValueError) as error:
-        reason = f"its receipt cannot be used: {error}"
-        raise SaveFailed(reason, step=job.step, rank=rank, stage="publish", path=job.final_dir) from error
+def _plan(job: SaveJob, attempt: str) -> AttemptPlan:
+    return AttemptPlan(
+        kind=job.kind,
+        step=job.step,
+        attempt=attempt,
+        overwrite=job.overwrite,
+        layout=job.layout,
+        git_commit=job.git_commit,
+        versions=job.versions,
+        branch=job.branch,
+        metrics=job.metrics,
+    )
 
 
 def _after_publication(job: SaveJob, attempt: str, publication: Publication) -> Aftermath:
     """The link to the newest, then retention. What fails here takes nothing back: the checkpoint is published."""
     failures = []
-    steps: tuple[int, ...] = ()
+    steps = steps_by_kind(())
     stage = "link"
     try:
-        replace_link(names.latest_path(job.run_dir, job.kind), job.final_dir.name, attempt)
+        point_to_newest(job.run_dir, job.kind, attempt)
         stage = "retention"
         # Not where the link still names an older one: it would dangle if that were removed.
-        retain(job.run_dir, job.retention, branch="", now=datetime.now(UTC), attempt=attempt)
+        retain(job.run_dir, job.retention, branch=job.branch, now=datetime.now(UTC), attempt=attempt)
     except (StillframeError, OSError) as error:
         failures.append((stage, error))
     try:
         publication.clean_up()
-        steps = tuple(sorted(entry.step for entry in list_checkpoints(job.run_dir, job.kind)))
+        steps = steps_by_kind(list_checkpoints(job.run_dir))  # of all kinds: retention may have removed of any
     except (StillframeError, OSError) as error:
         failures.append(("retention", error))
     if not failures:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.receipts import decode_receipt
 from stillframe.records import Receipt
 from stillframe.writer.client import WriterClient, WriterError
-from stillframe.writer.messages import decode_receipt
 from tests.unit.writer.held_file import HeldFile
 from tests.unit.writer.saves import (
     SharedArena,

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.receipts import decode_receipt
 from stillframe.writer.client import WriterClient, WriterError
-from stillframe.writer.messages import decode_receipt
 from tests.unit.writer.saves import (
     SharedArena,
     check_receipt,

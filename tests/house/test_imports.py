@@ -21,8 +21,8 @@ PACKAGE_DIR = SOURCE_DIR / "stillframe"
 STAGES = {"state", "layout", "snapshot", "writer", "commit", "catalog", "load", "watch"}
 LEVELS = (
     {"errors"},
-    {"names", "records"},
-    {"durable", "manifest", "policies", "provenance", "tree"},
+    {"fields", "names", "records"},
+    {"durable", "manifest", "policies", "provenance", "receipts", "tree"},
     {"options"},
     STAGES,
     {"export", "resume", "save", "start"},

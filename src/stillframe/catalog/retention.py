@@ -11,7 +11,7 @@ from pathlib import Path
 from stillframe.catalog.directory import FAMILIES, damage, list_checkpoints
 from stillframe.durable import remove_tree, retire
 from stillframe.errors import OptionError
-from stillframe.names import is_retired, parse_complete, published_path, retired_path
+from stillframe.names import is_retired, retired_path
 from stillframe.policies import KeepLast, Retention, RetentionPolicy
 from stillframe.records import CatalogEntry
 
@@ -111,14 +111,9 @@ def remove(entry: CatalogEntry, *, attempt: str) -> None:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove what killed runs have left of checkpoints that they deleted or replaced; what cannot be removed stays.
-
-    A whole directory that was about to get its final name counts as replaced where that name is taken.
-    """
+    """Remove what killed runs have left of checkpoints that they were deleting; what cannot be removed stays."""
     for path in run_dir.iterdir():
-        complete = parse_complete(path.name)
-        replaced = complete is not None and published_path(run_dir, *complete).exists()
-        if (is_retired(path.name) or replaced) and path.is_dir() and not path.is_symlink():
+        if is_retired(path.name) and path.is_dir() and not path.is_symlink():
             try:
                 remove_tree(path)
             except OSError as error:

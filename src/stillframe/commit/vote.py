@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from stillframe.commit.failure import Failure, in_words
 from stillframe.commit.rendezvous import Rendezvous
 from stillframe.errors import SaveFailed, SaveTimeout
+from stillframe.records import Recovered
 
 _FAILURE_GRACE_S = 60.0
 _LONGEST_DECISION_S = 60.0
@@ -38,11 +39,13 @@ class Vote:
 class Aftermath:
     """What rank 0 did after publishing: `trouble` if that failed (the checkpoint is published all the same).
 
-    `steps` are the published steps of the kind, after retention.
+    `steps` are the published steps after retention, of every kind.
+    `recovered` is what the start did with what ended jobs had left.
     """
 
     trouble: Failure | None
-    steps: tuple[int, ...]
+    steps: Mapping[str, tuple[int, ...]]
+    recovered: tuple[Recovered, ...] = ()
 
 
 class Ballot:
@@ -141,13 +144,16 @@ class Ballot:
 
     def conclude(self, aftermath: Aftermath) -> None:
         """Rank 0, after a verdict without failure: the last word on this attempt."""
-        self._set("aftermath", asdict(aftermath))
+        recovered = [asdict(directory) | {"path": str(directory.path)} for directory in aftermath.recovered]
+        self._set("aftermath", asdict(aftermath) | {"recovered": recovered})
 
     def await_aftermath(self) -> Aftermath:
         """Block until rank 0 is done with the attempt."""
         fields = self._get("aftermath", self._timeout_s + self._decision_s, "to remove what is superseded")
         trouble = None if fields["trouble"] is None else Failure(**fields["trouble"])
-        return Aftermath(trouble=trouble, steps=tuple(fields["steps"]))
+        steps = {kind: tuple(published) for kind, published in fields["steps"].items()}
+        recovered = tuple(Recovered(**entry | {"path": Path(entry["path"])}) for entry in fields["recovered"])
+        return Aftermath(trouble=trouble, steps=steps, recovered=recovered)
 
     def acknowledge(self) -> None:
         """This rank has heard all that it waits for and needs the store no more for this attempt."""

@@ -23,10 +23,11 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import stillframe
+from stillframe.receipts import receipt_from_object
 from stillframe.records import Receipt, WritePlan, WriteRequest
 from stillframe.writer.attempt import total_bytes
 from stillframe.writer.framing import Connection, Frame, PeerGone, ProtocolError
-from stillframe.writer.messages import plan_to_object, receipt_from_object, request_to_object
+from stillframe.writer.messages import plan_to_object, request_to_object
 
 
 class WriterError(Exception):

@@ -33,12 +33,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
+from stillframe.receipts import receipt_to_object
 from stillframe.records import Receipt
 from stillframe.writer.attempt import CutPlan, ForeignDirectory, cut_plan, total_bytes, write_attempt
 from stillframe.writer.directory import FileWriteError
 from stillframe.writer.files import Stopped
 from stillframe.writer.framing import Connection, Frame, PeerGone, ProtocolError
-from stillframe.writer.messages import plan_from_object, receipt_to_object, request_from_object
+from stillframe.writer.messages import plan_from_object, request_from_object
 
 _PROGRESS_INTERVAL_S = 0.25
 _HEARTBEAT_INTERVAL_S = 1.0

@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 
+from stillframe.receipts import decode_receipt
 from stillframe.records import Extent, FileShare, WritePlan
 from stillframe.writer.client import WriterClient, WriterError, _environment
-from stillframe.writer.messages import decode_receipt
 from tests.unit.writer.saves import (
     Scenario,
     SharedArena,
