@@ -2,13 +2,13 @@
 
     .venv/bin/python benchmarks/checkpoint.py [--rounds 5] [--hidden 1536] [--directory DIR]
 
-Every round does, one after the other on both ranks at once: a memcpy of the rank's own bytes, a bare durable write of as
-many, and a save by each system, from the call to durable, with nothing else running. Ratios are formed within a round.
-The first round, in which every system makes what it uses again later, is reported apart.
+Every round does, one after the other on both ranks at once: a memcpy of the rank's own bytes, a bare durable write of
+as many, and a save by each system, from the call to durable, with nothing else running. Ratios are formed within a
+round. The first round, in which every system makes what it uses again later, is reported apart.
 
-stall: the call, until training could go on; torch's `get_state_dict` is a part of its users' call. durable: the files are
-fsynced; of stillframe, published. memory: the most that a rank's process and its children used more than before the
-system's first save (PSS, sampled), divided by the rank's bytes.
+stall: the call, until training could go on; torch's `get_state_dict` is a part of its users' call. durable: the files
+are fsynced; of stillframe, published. memory: the most that a rank's process and its children used more than before
+the system's first save (PSS, sampled), divided by the rank's bytes.
 """
 
 from __future__ import annotations
@@ -253,12 +253,12 @@ def report(found: list[tuple[int, list[Round]]], directory: Path) -> str:
     memcpy, bare = slowest("memcpy_s"), slowest("bare_write_s")
     lines = [
         describe(directory),
-        f"{sum(sizes) / 2**30:.2f} GiB of float32 weights and AdamW state on {len(found)} ranks, {len(later)} interleaved "
-        "rounds after the first; median (minimum to maximum)",
+        f"{sum(sizes) / 2**30:.2f} GiB of float32 weights and AdamW state on {len(found)} ranks, {len(later)} "
+        "interleaved rounds after the first; median (minimum to maximum)",
         "",
         f"memcpy of the rank's bytes {spread(memcpy)} s; bare write + fsync of as many {spread(bare)} s",
         "",
-        "| system | stall, s | / memcpy | durable, s | / bare write | memory / rank's bytes | first: stall, durable, s |",
+        "| system | stall, s | / memcpy | durable, s | / bare write | memory / bytes | first: stall, durable, s |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in SYSTEMS:

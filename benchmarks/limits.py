@@ -31,7 +31,7 @@ class WarmCopy:
 
 
 class BareWrite:
-    """pwrite of a buffer, again and again, and fsync, nothing else: direct I/O, preallocated, two threads, 4 MiB blocks.
+    """pwrite of a buffer, again and again, and fsync: direct I/O, preallocated, two threads, blocks of 4 MiB.
 
     Of the settings tried on this kind of machine the fastest, so the hardest to come close to. Each process writes
     a file of its own.
