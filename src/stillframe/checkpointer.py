@@ -305,8 +305,8 @@ class Checkpointer:
             run_dir=self._options.run_dir,
             path=None if path is None else Path(path),
             fallback=fallback,
-            skip=frozenset(skip),
-            reset=frozenset(reset),
+            skip=frozenset([skip] if isinstance(skip, str) else skip),
+            reset=frozenset([reset] if isinstance(reset, str) else reset),
             verify=verify,
         )
         resumed = resume(choice, frames.resumable, self._next_ballot, self._meeting, self._go_on_from)
@@ -591,7 +591,7 @@ class Checkpointer:
     def _close_behind(self) -> None:
         try:
             self.close()
-        except StillframeError as error:
+        except (StillframeError, OSError) as error:  # OSError: the interpreter has ended, and closed what is used here
             _log.error("while closing after an exception: %s", error)
 
 
