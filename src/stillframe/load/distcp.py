@@ -22,7 +22,7 @@ from awscrt.checksums import crc64nvme
 
 from stillframe import names
 from stillframe.errors import CorruptCheckpoint, LoadError, ModelMismatch, NotACheckpoint
-from stillframe.load.filling import fill_targets
+from stillframe.load.filling import Limits, fill_targets
 from stillframe.load.folder import MAX_SMALL_BYTES, Folder, is_inside, listed, open_folder, read_fully, read_whole
 from stillframe.load.local import local_part
 from stillframe.load.metadata import (
@@ -36,6 +36,7 @@ from stillframe.load.metadata import (
 from stillframe.manifest import Manifest, decode_manifest
 from stillframe.tree import KeyPath
 
+_LIMITS = Limits()
 _MAX_OPEN_FILES = 64
 _OF_RANK = re.compile(r"__(\d+)_\d+\.distcp")
 
@@ -80,7 +81,14 @@ class DistcpDirectory:
             found.append(f"{len(unfit)} do not fit: {listed(unfit)}")
         return "; ".join(found)
 
-    def fill(self, targets: Mapping[str, torch.Tensor], *, verify: bool = True, partial: bool = False) -> int:
+    def fill(
+        self,
+        targets: Mapping[str, torch.Tensor],
+        *,
+        verify: bool = True,
+        partial: bool = False,
+        limits: Limits = _LIMITS,
+    ) -> int:
         """Read this rank's elements of every target, in place; returns the bytes read; blocks until they are there.
 
         A target is a DTensor, however it is distributed, or a plain tensor that every rank holds whole; neither number
@@ -98,7 +106,7 @@ class DistcpDirectory:
         if differences:
             raise ModelMismatch(f"{self.path} does not fit: {differences}")
         entries = self.manifest.tensors if self.manifest is not None else None
-        return fill_targets(targets, self.tensors, entries, self._open, verify=verify)
+        return fill_targets(targets, self.tensors, entries, self._open, verify=verify, limits=limits)
 
     def object(self, key: str) -> object:
         """What is stored under a key that is no tensor's, as `torch.load(weights_only=True)` reads it.
@@ -294,7 +302,7 @@ def _check_chunks(directory: Path, metadata: StoredMetadata, manifest: Manifest)
     wrong += [f"{n} is in {names.MANIFEST_NAME} only" for n, e in manifest.tensors.items() if e.size and n not in known]
     if wrong:
         raise CorruptCheckpoint(
-            f"{directory}: {names.MANIFEST_NAME} and {METADATA_NAME} disagree, so one of them was changed or belongs to "
+            f"{directory}: {names.MANIFEST_NAME} and {METADATA_NAME} disagree; one of them was changed, or is of "
             f"another checkpoint: {listed(wrong)}. Load another checkpoint"
         )
 
@@ -324,7 +332,7 @@ def _loaded(content: bytes, where: str) -> object:
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
+        reason = str(error.__context__ or error)  # torch's own advice around the reason is to execute the file
         raise CorruptCheckpoint(
             f"{where} is refused: reading it would run code that the file names, or it is damaged: {reason[:500]}"
         ) from error
