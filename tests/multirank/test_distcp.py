@@ -105,8 +105,8 @@ def test_with_a_manifest_it_is_checked_on_every_rank_that_needs_it(stock: tuple[
     name, entry = next((n, e) for n, e in manifest.tensors.items() if n.startswith("model.model.layers.0.mlp.up_proj"))
     flip(directory / entry.file, entry.offset + entry.size - 1)
     refusals = run_ranks(4, refusal, directory)
-    assert any(refusals), "who needs the damaged chunk is told"
-    assert not all(refusals), "who does not is not"
+    # The chunk was one of two ranks', so two of four need a part of it, of which only one has the damaged byte.
+    assert sum(text != "" for text in refusals) == 2
     for text in filter(None, refusals):
         assert entry.file in text
         assert name.partition("@")[0] in text

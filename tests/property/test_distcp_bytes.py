@@ -74,13 +74,13 @@ ARGUMENTS = [
 ]
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(OPCODES), st.sampled_from(ARGUMENTS)), max_size=40))
 def test_arbitrary_instructions(program: list[tuple[bytes, bytes]]) -> None:
     parsed(b"\x80\x04" + b"".join(opcode + argument for opcode, argument in program) + b".")
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_real_metadata_with_changes(real: list[bytes], data: st.DataObject) -> None:
     content = bytearray(data.draw(st.sampled_from(real)))
@@ -161,7 +161,7 @@ def boxes_in_a_box(draw: st.DrawFn) -> tuple[list[int], list[tuple[tuple[int, ..
     return shape, boxes
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(boxes_in_a_box(), st.booleans())
 def test_chunks_are_believed_exactly_where_they_tile_the_tensor(
     drawn: tuple[list[int], list[tuple[tuple[int, ...], tuple[int, ...]]]], halves: bool
@@ -192,7 +192,7 @@ def metadata_of(shape: list[int], boxes: list[tuple[tuple[int, ...], tuple[int, 
     return pickle.dumps(Metadata({"t": tensor}, {}, places))
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(data=st.data(), transposed=st.booleans())
 def test_blobs_with_changes_give_an_error_or_a_place_inside_of_them(data: st.DataObject, transposed: bool) -> None:
     tensor = torch.arange(12.0).reshape(3, 4)

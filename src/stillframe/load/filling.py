@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from awscrt.checksums import crc64nvme
 
@@ -269,6 +270,8 @@ def _candidates(stored: StoredState, held: Holding) -> Iterator[StoredChunk]:
 
 def _pieces(shape: tuple[int, ...], chunk: StoredChunk, held: Holding) -> Runs:
     """From elements of a chunk to elements of the local tensor, ascending in the chunk."""
+    if chunk.sizes == shape:  # there are many such, and they are small
+        return Runs(held.runs.source_start, held.runs.source, held.runs.start, held.runs.length)
     strides = _strides(shape)
     first = sum(o * step for o, step in zip(chunk.offsets, strides, strict=True))
     box = strided(first, chunk.sizes, strides, 0)
@@ -316,13 +319,16 @@ def _row_major(job: _Job, payload: Payload, raw: torch.Tensor) -> torch.Tensor:
 def _scatter(job: _Job, block: torch.Tensor, first: int, limits: Limits) -> None:
     """Copy what the rank needs of a block of a chunk, its bytes from element `first` on, to where it belongs."""
     size = job.dtype.itemsize
-    count = np.array([len(block) // size], dtype=np.int64)
+    count = len(block) // size
     pieces = job.pieces
-    _, p, begin, length = overlap(np.array([first], dtype=np.int64), count, pieces.source_start, pieces.length)
-    if not len(p):
+    if first == 0 and count >= job.chunk.elements:
+        target, source, length = pieces.start, pieces.source_start, pieces.length
+    else:
+        _, p, begin, length = overlap(np.array([first]), np.array([count]), pieces.source_start, pieces.length)
+        target, source = pieces.start[p] + (begin - pieces.source_start[p]), begin - first
+    if not len(length):
         return
-    target, source = pieces.start[p] + (begin - pieces.source_start[p]), begin - first
-    if len(p) == 1 or int(length.mean()) * size >= limits.long_piece_bytes:
+    if len(length) == 1 or int(length.mean()) * size >= limits.long_piece_bytes:
         for t, s, n in zip((target * size).tolist(), (source * size).tolist(), (length * size).tolist(), strict=True):
             job.memory[t : t + n].copy_(block[s : s + n])
         return
@@ -330,12 +336,17 @@ def _scatter(job: _Job, block: torch.Tensor, first: int, limits: Limits) -> None
     unit = int(np.gcd.reduce(np.concatenate([target, source, length])))
     counts = length // unit
     within = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
-    into = torch.from_numpy(np.repeat(target // unit, counts) + within)
-    out_of = torch.from_numpy(np.repeat(source // unit, counts) + within)
+    into = np.repeat(target // unit, counts) + within
+    rows = _in_units(block, unit * size).take(np.repeat(source // unit, counts) + within)
     device = job.memory.device
-    rows = _in_units(block, unit * size).index_select(0, out_of)
-    _in_units(job.memory, unit * size).index_copy_(0, into.to(device), rows.to(device))
+    if device.type == "cpu":
+        _in_units(job.memory, unit * size)[into] = rows
+    else:
+        units = job.memory[: len(job.memory) // (unit * size) * unit * size].view(-1, unit * size)
+        moved = torch.from_numpy(rows.view(np.uint8)).view(-1, unit * size)
+        units.index_copy_(0, torch.from_numpy(into).to(device), moved.to(device))
 
 
-def _in_units(memory: torch.Tensor, unit_bytes: int) -> torch.Tensor:
-    return memory[: len(memory) // unit_bytes * unit_bytes].view(-1, unit_bytes)
+def _in_units(memory: torch.Tensor, unit_bytes: int) -> npt.NDArray[np.void]:
+    """The memory as units of so many bytes, which numpy copies whole: ten times as fast as torch's rows of bytes."""
+    return memory[: len(memory) // unit_bytes * unit_bytes].numpy().view(np.dtype((np.void, unit_bytes)))
