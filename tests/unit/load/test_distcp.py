@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,15 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from stillframe.errors import CorruptCheckpoint, LoadError, ModelMismatch, NotACheckpoint
 from stillframe.load.distcp import open_distcp
 from stillframe.load.filling import Limits
 from stillframe.manifest import FileEntry, Manifest, TensorEntry, encode_manifest
 from stillframe.names import MANIFEST_NAME, rank_state_name
+from tests.property.test_placement import playing
 from tests.unit.load.distcp_directories import (
     bits,
     change_metadata,
@@ -433,6 +437,39 @@ def test_a_flipped_bit_is_found_and_said_where(limits: Limits, byte: int, tmp_pa
         assert word in str(raised.value)
     changed = load(directory, verify=False, limits=limits)["matrix"]
     assert (changed != MATRIX).sum() == 1
+
+
+@pytest.mark.parametrize("limits", [Limits(), LARGE, BLOCKS], ids=["together", "straight", "in blocks"])
+def test_a_chunk_that_is_needed_in_part_is_checked_whole(limits: Limits, tmp_path: Path) -> None:
+    directory = save_chunks(tmp_path / "c", {"matrix": (MATRIX, [((0, 0), (6, 4))])})
+    entry = publish(directory).tensors["matrix@0,0"]
+    with playing(0, 2), open_distcp(directory) as opened:
+        target = distribute_tensor(torch.zeros(6, 4), init_device_mesh("cpu", (2,)), [Shard(0)], src_data_rank=None)
+        assert opened.fill({"matrix": target}, limits=limits) == 96
+        assert torch.equal(target._local_tensor, MATRIX[:3])
+        flip(directory / "__0_0.distcp", entry.offset + entry.size - 1)  # not in this rank's half
+        with pytest.raises(CorruptCheckpoint, match="'matrix'"):
+            opened.fill({"matrix": target}, limits=limits)
+        bytes_read = opened.fill({"matrix": target}, limits=limits, verify=False)
+        assert bytes_read == (96 if limits == Limits() else 48)
+        assert torch.equal(target._local_tensor, MATRIX[:3])
+
+
+def test_a_storage_that_is_smaller_than_its_tensor(tmp_path: Path) -> None:
+    directory = save_chunks(tmp_path / "c", {"matrix": (MATRIX, [((0, 0), (6, 4))])}, files=1)
+    path = directory / "__0_0.distcp"
+    with zipfile.ZipFile(path) as whole:
+        records = {info.filename: whole.read(info) for info in whole.infolist()}
+    with zipfile.ZipFile(path, "w") as short:
+        for name, content in records.items():
+            short.writestr(name, content[:-4] if name.endswith("data/0") else content)
+
+    def shorten(metadata: Metadata) -> None:
+        metadata.storage_data[MetadataIndex("matrix", (0, 0))].length = path.stat().st_size
+
+    change_metadata(directory, shorten)
+    with pytest.raises(CorruptCheckpoint, match=r"'matrix'.* a storage of 92 bytes .* the 96 bytes of its tensor"):
+        load(directory, {"matrix": torch.zeros(6, 4)})
 
 
 def test_a_blob_that_is_not_what_metadata_says(tmp_path: Path) -> None:
