@@ -98,6 +98,16 @@ def check_files(folder: Folder, metadata: StoredMetadata, manifest: Manifest | N
         )
 
 
+def with_aliases(manifest: Manifest, metadata: StoredMetadata) -> Manifest:
+    """`manifest` with the chunks of tied tensors under each of their keys: they were written, and are listed, once."""
+    chunks = [
+        (chunk_name(k, chunk.offsets), chunk.blob) for k, state in metadata.tensors.items() for chunk in state.chunks
+    ]
+    named = {blob: manifest.tensors[name] for name, blob in chunks if name in manifest.tensors}
+    aliases = {name: named[blob] for name, blob in chunks if name not in manifest.tensors and blob in named}
+    return replace(manifest, tensors={**manifest.tensors, **aliases}) if aliases else manifest
+
+
 def check_chunks(directory: Path, metadata: StoredMetadata, manifest: Manifest) -> None:
     """Manifest and `.metadata` know the same chunks, in the same places."""
     wrong = []

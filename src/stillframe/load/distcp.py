@@ -19,7 +19,14 @@ import torch
 
 from stillframe import names
 from stillframe.errors import CorruptCheckpoint, LoadError, ModelMismatch
-from stillframe.load.checking import check_chunks, check_content, check_files, metadata_content, own_manifest
+from stillframe.load.checking import (
+    check_chunks,
+    check_content,
+    check_files,
+    metadata_content,
+    own_manifest,
+    with_aliases,
+)
 from stillframe.load.filling import Limits, fill_targets
 from stillframe.load.folder import MAX_SMALL_BYTES, Folder, listed, open_folder, read_fully, read_whole
 from stillframe.load.local import local_part
@@ -189,6 +196,7 @@ def open_distcp(directory: Path) -> Iterator[DistcpDirectory]:
         metadata = parse_metadata(content, path)
         check_files(folder, metadata, manifest)
         if manifest is not None:
+            manifest = with_aliases(manifest, metadata)
             check_chunks(directory, metadata, manifest)
         opened = DistcpDirectory(folder, metadata, manifest)
         try:

@@ -580,6 +580,27 @@ def test_state_of_a_rank_that_is_no_dictionary(tmp_path: Path) -> None:
             opened.rank_state(1)
 
 
+def test_tied_tensors_are_stored_and_published_once(tmp_path: Path) -> None:
+    def tie(metadata: Metadata) -> None:
+        metadata.state_dict_metadata["tied"] = metadata.state_dict_metadata["matrix"]
+        for offsets, _ in ROWS:
+            metadata.storage_data[MetadataIndex("tied", offsets)] = metadata.storage_data[
+                MetadataIndex("matrix", offsets)
+            ]
+
+    directory = published(tmp_path / "c")
+    manifest = manifest_of(directory)
+    change_metadata(directory, tie)
+    files = {**manifest.files, ".metadata": manifest_of(directory).files[".metadata"]}
+    (directory / MANIFEST_NAME).write_bytes(encode_manifest(replace(manifest, files=files)))
+    targets = load(directory, {**empty_targets(), "tied": torch.zeros(6, 4)})
+    assert torch.equal(targets["matrix"], MATRIX)
+    assert torch.equal(targets["tied"], MATRIX)
+    flip(directory / "__1_0.distcp", manifest.tensors["matrix@3,0"].offset)
+    with pytest.raises(CorruptCheckpoint, match=r"__1_0.distcp: 'tied'"), open_distcp(directory) as opened:
+        opened.fill({"tied": torch.zeros(6, 4)}, partial=True)
+
+
 def test_empty_chunks_need_no_place(tmp_path: Path) -> None:
     """Ranks that hold nothing of a tensor say so, all with the same offsets."""
 
