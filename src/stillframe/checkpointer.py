@@ -311,6 +311,9 @@ class Checkpointer:
         )
         resumed = resume(choice, frames.resumable, self._next_ballot, self._meeting, self._go_on_from)
         if resumed is not None:
+            gone = set(resumed.passed_over)
+            for kind, steps in self._steps.items():
+                self._steps[kind] = frozenset(s for s in steps if published_path(choice.run_dir, kind, s) not in gone)
             frames.prepare("checkpoint")  # now that the optimizer has its state, before training begins
         return resumed
 
