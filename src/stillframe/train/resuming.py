@@ -1,0 +1,132 @@
+"""The start of a run from what an earlier one saved: whether it may start, from where, and what is put back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stillframe.catalog.directory import list_checkpoints
+from stillframe.checkpointer import Resumed
+from stillframe.errors import OptionError
+from stillframe.train import parallel
+from stillframe.train.config import ResumeConfig, as_record
+from stillframe.train.progress import Progress, ResumeMetrics
+from stillframe.train.state import TrainState, changes
+
+if TYPE_CHECKING:
+    from stillframe.train.loop import Trainer
+
+_HIDDEN = (".checkpoint-", ".snapshot-", ".step-")
+"""How the names begin under which a run that was cut off may have left a checkpoint that the start publishes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """What a run goes on from. `lacks_export`: nothing was exported at its step or later, be it that none was due."""
+
+    metrics: ResumeMetrics
+    changes: tuple[str, ...]
+    lacks_export: bool
+
+    def tell(self, progress: Progress) -> None:
+        for recovered in self.metrics.recovered:
+            progress.say(recovered)
+        progress.resume(self.metrics)
+        for change in self.changes:
+            progress.say(f"the configuration changed: {change}")
+
+
+def require_startable(run_dir: Path, resume: ResumeConfig) -> None:
+    """Refuse a directory with checkpoints of an earlier run that this one is not to go on from, or cannot.
+
+    Lets one pass in which a checkpoint may yet appear, when the Checkpointer starts; to be asked again after that.
+    """
+    if resume.from_dir is not None and not Path(resume.from_dir).is_dir():
+        raise OptionError(f"resume.from = {resume.from_dir!r}: no such directory")
+    if not run_dir.is_dir():
+        return
+    entries = list_checkpoints(run_dir)
+    if not entries:
+        return
+    what = f"run_dir = {str(run_dir)!r}: holds {len(entries)} checkpoints of an earlier run, {entries[-1].path.name} "
+    if not resume.auto:
+        raise OptionError(f"{what}the latest, and resume.auto is false; choose a fresh run_dir, or let it be resumed")
+    may_resume = any(entry.kind != "hf" for entry in entries) or resume.from_dir is not None
+    if not may_resume and not any(path.name.startswith(_HIDDEN) for path in run_dir.iterdir()):
+        raise OptionError(
+            f"{what}the latest, and none to resume from; choose a fresh run_dir (to go on from that model, name it as "
+            "model.path)"
+        )
+
+
+def resume(trainer: Trainer) -> Resumption | None:
+    """Put back what the newest checkpoint or snapshot of the run directory holds, else the one of `resume.from`.
+
+    None if there is neither: the run is a new one. Collective. Raises OptionError for a run directory that cannot be
+    used and for data other than the checkpoint's, LoadError for a checkpoint that is damaged or does not fit.
+    """
+    config = trainer.config.resume
+    require_startable(trainer.run_dir, config)
+    resumed: Resumed | None = None
+    anew: list[str] = []
+    if config.auto:
+        resumed = trainer.checkpointer.resume(fallback=config.fallback)
+    if config.from_dir is not None:
+        if resumed is not None:
+            _refuse_older_of_this_run(trainer.run_dir, Path(config.from_dir), resumed.path)
+        else:
+            anew = _begun_anew(config)
+            resumed = trainer.checkpointer.resume(config.from_dir, reset=anew)
+    if resumed is None:
+        require_startable(trainer.run_dir, config)  # what was hidden is published now, or gone
+        return None
+    return _resumption(trainer, resumed, anew)
+
+
+def _begun_anew(config: ResumeConfig) -> list[str]:
+    parts = {
+        "optimizer": config.load_optimizer,
+        "schedule": config.load_schedule,
+        "dataloader": config.load_dataset,
+        "rng": config.load_rng,
+    }
+    return [name for name, load in parts.items() if not load]
+
+
+def _refuse_older_of_this_run(run_dir: Path, from_dir: Path, newest_dir: Path) -> None:
+    """A branch that starts within the run directory would overwrite the checkpoints that come after."""
+    from_dir, newest_dir = from_dir.resolve(), newest_dir.resolve()
+    if run_dir.resolve() in from_dir.parents and from_dir != newest_dir and from_dir not in newest_dir.parents:
+        raise OptionError(
+            f"resume.from = {str(from_dir)!r}: lies in this run_dir, which goes on from {newest_dir.name}. To branch "
+            "off from the older one, choose a new run_dir; the later ones of this run are left alone then"
+        )
+
+
+def _resumption(trainer: Trainer, resumed: Resumed, anew: list[str]) -> Resumption:
+    """Count on from the checkpoint, which is loaded; what was not loaded begins anew."""
+    config = trainer.config
+    state = TrainState.from_record(resumed.train_state, path=str(resumed.path))
+    trainer.load_state(state)
+    if "schedule" in anew:
+        trainer.schedule_begin = state.step
+    if "rng" in anew:
+        parallel.seed_own_numbers(trainer.ranks, seed=config.seed, step=state.step)
+    exports = [entry.step for entry in list_checkpoints(trainer.run_dir) if entry.kind in ("hf", "step")]
+    return Resumption(
+        metrics=ResumeMetrics(
+            step=state.step,
+            epoch=state.epoch,
+            path=str(resumed.path),
+            consumed_samples=state.consumed_samples,
+            consumed_tokens=state.consumed_tokens,
+            train_time_s=state.train_time_s,
+            saved_world_size=resumed.world_size,
+            world_size=trainer.ranks.world_size,
+            recovered=tuple(resumed.recovered),
+            begun_anew=tuple(anew),
+        ),
+        changes=tuple(changes(state.config, as_record(config))),
+        lacks_export=not any(step >= state.step for step in exports),
+    )
