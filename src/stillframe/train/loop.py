@@ -123,6 +123,8 @@ class Trainer:
                 )
                 if resumption is not None and resumption.lacks_export and "hf" in saves.due(self.step):
                     saves.launch(("hf",), self.step, self.epoch, {})
+                if self.step >= self.total_steps:
+                    progress.say(f"step {self.step} of {self.total_steps}: nothing is left to train")
                 self._take_steps(saves, progress)
                 saves.deliver_all(self.step)
 

@@ -69,7 +69,7 @@ class ResumeMetrics:
     consumed_samples: int
     consumed_tokens: int
     train_time_s: float
-    saved_world_size: int
+    saved_world_size: int | None
     world_size: int
     recovered: tuple[str, ...]
     begun_anew: tuple[str, ...]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stillframe.catalog.directory import list_checkpoints
-from stillframe.checkpointer import Resumed
 from stillframe.errors import OptionError
+from stillframe.resume import Resumed
 from stillframe.train import parallel
 from stillframe.train.config import ResumeConfig, as_record
 from stillframe.train.progress import Progress, ResumeMetrics
@@ -16,6 +16,9 @@ from stillframe.train.state import TrainState, changes
 
 if TYPE_CHECKING:
     from stillframe.train.loop import Trainer
+
+ALWAYS_OURS = ("optimizer_arguments",)
+"""What no checkpoint decides: learning rate, betas and weight decay are those of the configuration."""
 
 _HIDDEN = (".checkpoint-", ".snapshot-", ".step-")
 """How the names begin under which a run that was cut off may have left a checkpoint that the start publishes."""
@@ -33,6 +36,11 @@ class Resumption:
         for recovered in self.metrics.recovered:
             progress.say(recovered)
         progress.resume(self.metrics)
+        if "rng" in self.metrics.begun_anew and self.metrics.saved_world_size != self.metrics.world_size:
+            progress.say(
+                f"the random states of {self.metrics.saved_world_size} ranks cannot be those of "
+                f"{self.metrics.world_size}: each draws new numbers from here on"
+            )
         for change in self.changes:
             progress.say(f"the configuration changed: {change}")
 
@@ -69,29 +77,20 @@ def resume(trainer: Trainer) -> Resumption | None:
     config = trainer.config.resume
     require_startable(trainer.run_dir, config)
     resumed: Resumed | None = None
-    anew: list[str] = []
     if config.auto:
-        resumed = trainer.checkpointer.resume(fallback=config.fallback)
-    if config.from_dir is not None:
-        if resumed is not None:
-            _refuse_older_of_this_run(trainer.run_dir, Path(config.from_dir), resumed.path)
-        else:
-            anew = _begun_anew(config)
-            resumed = trainer.checkpointer.resume(config.from_dir, reset=anew)
-    if resumed is None:
-        require_startable(trainer.run_dir, config)  # what was hidden is published now, or gone
+        resumed = trainer.checkpointer.resume(fallback=config.fallback, skip=ALWAYS_OURS, reset=("rng",))
+    if config.from_dir is not None and resumed is not None:
+        _refuse_older_of_this_run(trainer.run_dir, Path(config.from_dir), resumed.path)
+    if resumed is not None:
+        return _resumption(trainer, resumed, ())
+    require_startable(trainer.run_dir, config)  # what was hidden is published now, or gone
+    if config.from_dir is None:
         return None
-    return _resumption(trainer, resumed, anew)
-
-
-def _begun_anew(config: ResumeConfig) -> list[str]:
-    parts = {
-        "optimizer": config.load_optimizer,
-        "schedule": config.load_schedule,
-        "dataloader": config.load_dataset,
-        "rng": config.load_rng,
-    }
-    return [name for name, load in parts.items() if not load]
+    parts = {"optimizer": config.load_optimizer, "dataloader": config.load_dataset, "rng": config.load_rng}
+    skipped = tuple(name for name, is_loaded in parts.items() if not is_loaded)
+    resumed = trainer.checkpointer.resume(config.from_dir, skip=(*skipped, *ALWAYS_OURS), reset=("rng",))
+    assert resumed is not None, "a directory that was named is loaded, or an error"
+    return _resumption(trainer, resumed, skipped if config.load_schedule else (*skipped, "schedule"))
 
 
 def _refuse_older_of_this_run(run_dir: Path, from_dir: Path, newest_dir: Path) -> None:
@@ -104,9 +103,10 @@ def _refuse_older_of_this_run(run_dir: Path, from_dir: Path, newest_dir: Path) -
         )
 
 
-def _resumption(trainer: Trainer, resumed: Resumed, anew: list[str]) -> Resumption:
-    """Count on from the checkpoint, which is loaded; what was not loaded begins anew."""
+def _resumption(trainer: Trainer, resumed: Resumed, anew: tuple[str, ...]) -> Resumption:
+    """Count on from the checkpoint, which is loaded, but for the parts that are to begin `anew`."""
     config = trainer.config
+    anew = tuple(sorted({*anew, *resumed.left_as_they_are}))
     state = TrainState.from_record(resumed.train_state, path=str(resumed.path))
     trainer.load_state(state)
     if "schedule" in anew:
@@ -125,7 +125,7 @@ def _resumption(trainer: Trainer, resumed: Resumed, anew: list[str]) -> Resumpti
             saved_world_size=resumed.world_size,
             world_size=trainer.ranks.world_size,
             recovered=tuple(resumed.recovered),
-            begun_anew=tuple(anew),
+            begun_anew=anew,
         ),
         changes=tuple(changes(state.config, as_record(config))),
         lacks_export=not any(step >= state.step for step in exports),
