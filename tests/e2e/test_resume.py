@@ -83,7 +83,9 @@ def test_killed_in_the_middle_of_a_save(
     train_to_the_end(tmp_path, RUN, ranks=2)
     (resume,) = events(tmp_path / "run", "resume")
     assert resume["step"] == resumed_at
-    assert bool(resume["recovered"]) == (resumed_at == 3)
+    (recovered,) = resume["recovered"]
+    action = "published" if resumed_at == 3 else "removed"
+    assert recovered.startswith(f".checkpoint-3.incomplete is {action}: ")
     assert_same_run(tmp_path / "run", uninterrupted[2])
 
 

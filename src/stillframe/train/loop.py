@@ -108,6 +108,8 @@ class Trainer:
             self._set_length()
             with Progress(self.run_dir, rank=self.ranks.rank, total_steps=self.total_steps) as progress:
                 progress.say(self._headline())
+                for line in resuming.recovered(self.checkpointer):
+                    progress.say(line)
                 if resumption is not None:
                     resumption.tell(progress)
                 for hook in self.hooks:

@@ -83,7 +83,7 @@ class Progress:
     """Writes the lines of one run, on rank 0. Each line of `metrics.jsonl` is handed to the kernel at once."""
 
     def __init__(self, run_dir: Path, *, rank: int, total_steps: int) -> None:
-        self._run_dir = run_dir
+        self._run_dir = run_dir.absolute()
         self._total_steps = total_steps
         self._metrics: TextIO | None = None
         if rank == 0:

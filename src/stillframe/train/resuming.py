@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stillframe.catalog.directory import list_checkpoints
+from stillframe.checkpointer import Checkpointer
 from stillframe.errors import OptionError
 from stillframe.resume import Resumed
 from stillframe.train import parallel
@@ -33,8 +34,6 @@ class Resumption:
     lacks_export: bool
 
     def tell(self, progress: Progress) -> None:
-        for recovered in self.metrics.recovered:
-            progress.say(recovered)
         progress.resume(self.metrics)
         if "rng" in self.metrics.begun_anew and self.metrics.saved_world_size != self.metrics.world_size:
             progress.say(
@@ -66,6 +65,11 @@ def require_startable(run_dir: Path, resume: ResumeConfig) -> None:
             f"{what}the latest, and none to resume from; choose a fresh run_dir (to go on from that model, name it as "
             "model.path)"
         )
+
+
+def recovered(checkpointer: Checkpointer) -> tuple[str, ...]:
+    """What the start made of saves that had been cut off, a line each."""
+    return tuple(f"{found.path.name} is {found.action}: {found.reason}" for found in checkpointer.recovered)
 
 
 def resume(trainer: Trainer) -> Resumption | None:
@@ -124,7 +128,7 @@ def _resumption(trainer: Trainer, resumed: Resumed, anew: tuple[str, ...]) -> Re
             train_time_s=state.train_time_s,
             saved_world_size=resumed.world_size,
             world_size=trainer.ranks.world_size,
-            recovered=tuple(resumed.recovered),
+            recovered=recovered(trainer.checkpointer),
             begun_anew=anew,
         ),
         changes=tuple(changes(state.config, as_record(config))),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stillframe.checkpointer import Checkpointer
+from stillframe.names import TOGETHER
 from stillframe.train.config import TrainConfig
 from stillframe.train.hooks import Hook
 from stillframe.train.progress import Progress, SaveMetrics
@@ -67,8 +68,9 @@ class Saves:
     def launch(self, kinds: Sequence[Kind], step: int, epoch: int, train_state: Mapping[str, Any]) -> None:
         """Save the state as it is now, once for each of `kinds`.
 
-        Blocks for the snapshot, and for the save before it if that is still in flight, which is then delivered first;
-        for a kind that is not asynchronous until it is delivered. Raises `SaveFailed` of either.
+        Blocks for the copy, and for the save before it if that is still in flight, which is then delivered first; for a
+        kind that is not asynchronous until it is delivered. An export and a checkpoint are copied together; an export
+        beside a snapshot is one after the other. Raises `SaveFailed` of any of them.
         """
         futures = self._start(kinds, step, train_state)
         self.deliver_all(step)
@@ -83,20 +85,20 @@ class Saves:
 
     def _start(self, kinds: Sequence[Kind], step: int, train_state: Mapping[str, Any]) -> dict[Kind, Future[Path]]:
         """Ask for the saves; by kind, in the order in which they are published."""
-        overwrite = self._overwrite
-        if kinds == ("hf",):
-            return {"hf": self._checkpointer.async_save_hf(step, overwrite=overwrite)}
-        kind, *rest = kinds
-        is_snapshot = kind == "snapshot"
-        if not rest:
-            future = self._checkpointer.async_save(
-                step, train_state=train_state, snapshot=is_snapshot, overwrite=overwrite
-            )
-            return {kind: future}
-        future, export = self._checkpointer.async_save_both(
-            step, train_state=train_state, snapshot=is_snapshot, overwrite=overwrite
-        )
-        return {kind: future, "hf": export}
+        checkpointer, overwrite = self._checkpointer, self._overwrite
+        if set(kinds) == {"checkpoint", "hf"}:
+            checkpoint, export = checkpointer.async_save_both(step, train_state=train_state, overwrite=overwrite)
+            return {"checkpoint": checkpoint, "hf": export}
+        futures: dict[Kind, Future[Path]] = {}
+        for kind in kinds:
+            if kind == "hf":
+                futures[kind] = checkpointer.async_save_hf(step, overwrite=overwrite)
+            else:
+                is_snapshot = kind == "snapshot"
+                futures[kind] = checkpointer.async_save(
+                    step, train_state=train_state, snapshot=is_snapshot, overwrite=overwrite
+                )
+        return futures
 
     def is_settled(self) -> bool:
         """Whether this rank knows how the next launched save ended; other ranks may know a little earlier or later."""
@@ -114,7 +116,9 @@ class Saves:
         """
         launched = self._launched.popleft()
         path = launched.future.result()
-        report = next(report for report in reversed(self._checkpointer.reports) if report.path == path)
+        kinds = (launched.kind, TOGETHER)
+        reports = reversed(self._checkpointer.reports)
+        report = next(report for report in reports if report.step == launched.step and report.kind in kinds)
         self._progress.save(
             launched.kind,
             SaveMetrics(
