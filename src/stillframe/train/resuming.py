@@ -110,6 +110,8 @@ def _refuse_older_of_this_run(run_dir: Path, from_dir: Path, newest_dir: Path) -
 def _resumption(trainer: Trainer, resumed: Resumed, anew: tuple[str, ...]) -> Resumption:
     """Count on from the checkpoint, which is loaded, but for the parts that are to begin `anew`."""
     config = trainer.config
+    if resumed.world_size != trainer.ranks.world_size:
+        anew = (*anew, "rng")  # also where one rank's state was loaded by all, which would now draw alike
     anew = tuple(sorted({*anew, *resumed.left_as_they_are}))
     state = TrainState.from_record(resumed.train_state, path=str(resumed.path))
     trainer.load_state(state)

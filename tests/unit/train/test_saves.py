@@ -62,22 +62,28 @@ def names(recorder: Recorder) -> list[str]:
         ),
     ],
 )
-@pytest.mark.parametrize("is_async", [True, False])
-def test_what_is_saved_when(tmp_path: Path, checkpoint: dict[str, Any], made: list[str], is_async: bool) -> None:
+def test_what_is_saved_when(tmp_path: Path, checkpoint: dict[str, Any], made: list[str]) -> None:
     recorder = Recorder()
-    checkpoint = checkpoint | {"async_checkpoint": is_async}
-    export = {"hf_interval": 3, "async_hf_export": is_async}
+    export = {"hf_interval": 3}
     train(material.config(tmp_path, export=export, checkpoint=checkpoint, training={"total_steps": 5}), [recorder])
     assert names(recorder) == made
-    steps = [call[2] for call in recorder.calls]
     assert [call[1] for call in recorder.calls if f"-{call[2]}" not in call[1]] == []
     assert {call[3:] for call in recorder.calls} == {(1, 5, 1)}
-    if not is_async:
-        assert recorder.reached == steps
     snapshots = [name for name in made if name.startswith("snapshot")]
     left = {name.split("/")[0] for name in made} - set(snapshots[:-1])
     found = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir() and not path.is_symlink()}
     assert found == left
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_is_not_asynchronous_is_delivered_before_the_next_step(tmp_path: Path, together: bool) -> None:
+    recorder = Recorder()
+    checkpoint = {"checkpoint_interval": 2, "snapshot_interval": 1, "publish_together": together}
+    export = {"hf_interval": 1, "async_hf_export": False}
+    sections = {"checkpoint": checkpoint | {"async_checkpoint": False}, "export": export}
+    train(material.config(tmp_path, training={"total_steps": 3}, **sections), [recorder])
+    steps = [step for _, _, step, *_ in recorder.calls]
+    assert recorder.reached == steps == [1, 1, 2, 2, 3, 3]
 
 
 def test_numbers_that_are_kept(tmp_path: Path) -> None:
