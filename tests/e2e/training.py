@@ -39,6 +39,7 @@ class HoldAt(Hook):
 class HoldInSave(Hook):
     """Stop the writer before the save of `step` begins, and stand still one step later, with the save in flight.
 
+    A save like it must have been made before: a new kind of save waits for the writer to know its plan.
     The process id of the writer, which has been asked for its share by then, is in `writer-<rank>` in `work_dir`.
     """
 
