@@ -49,6 +49,7 @@ num_experts = 24
 num_experts_per_tok = 2
 norm_topk_prob = true
 max_position_embeddings = 1024
+attention_dropout = 0.05
 tie_word_embeddings = false
 output_router_logits = true
 router_aux_loss_coef = 0.01
@@ -62,7 +63,7 @@ seq_len = 128
 
 [training]
 total_steps = {total_steps}
-micro_batch_size = 8
+micro_batch_size = 6
 device = "cpu"
 
 [optimizer]

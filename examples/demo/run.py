@@ -31,7 +31,7 @@ RANKS = 2
 MARKER_NAME = ".stillframe-demo"
 TRAINING_TIMEOUT_S = 900.0
 CHECK_TIMEOUT_S = 300.0
-LEAST_FALL = 3.0
+LEAST_FALL = 2.5
 """The loss must fall by at least this many nats, from about ln(2048) = 7.6 at the start."""
 
 

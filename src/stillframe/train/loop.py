@@ -142,10 +142,11 @@ class Trainer:
             label_tokens, settled = self.ranks.sum(own_label_tokens, saves.is_settled())
             if settled == self.ranks.world_size:
                 saves.deliver(step - 1)
+            saving = saves.in_flight()
             started_s = time.perf_counter()
             loss, grad_norm = self.train_step(step, batches, label_tokens)
             self._count(step)
-            log.add(loss, label_tokens, time.perf_counter() - started_s)
+            log.add(loss, label_tokens, time.perf_counter() - started_s, saving)
             if step % self.config.training.log_interval == 0 or step == self.total_steps:
                 progress.step(log.close(step, grad_norm, saves.in_flight()))
             for hook in self.hooks:
@@ -259,17 +260,23 @@ class _Window:
         self._label_tokens = 0.0
         self._steps = 0
         self._steps_s = 0.0
+        self._saving: str | None = None
         self._started_s = time.perf_counter()
 
-    def add(self, loss: Tensor, label_tokens: float, step_s: float) -> None:
+    def add(self, loss: Tensor, label_tokens: float, step_s: float, saving: str | None) -> None:
+        """A step was taken; `saving` is the save that was in flight when it began."""
+        self._saving = saving or self._saving
         self._loss_sum += loss
         self._label_tokens += label_tokens
         self._steps += 1
         self._steps_s += step_s
 
     def close(self, step: int, grad_norm: Tensor, saving: str | None) -> StepMetrics:
-        """The metrics of the window, and a new window. Collective; waits for the device."""
+        """The metrics of the window, and a new window; `saving` is the save in flight now. Collective; waits for the
+        device."""
         trainer = self._trainer
+        if saving is None and self._saving is not None:
+            saving = f"{self._saving.partition(':')[0]}: over meanwhile"
         synced_s = time.perf_counter()
         (loss_sum,) = trainer.ranks.sum(self._loss_sum.item())
         now_s = time.perf_counter()

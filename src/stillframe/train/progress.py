@@ -24,7 +24,8 @@ class StepMetrics:
     """One logged step. `loss` is the mean over all label tokens of all ranks since the step logged before.
 
     `step_s` is the mean time of a training step since then; `tokens_per_s` counts all ranks' tokens against the whole
-    time, exports and hooks included. `saving` is the save in flight, such as "hf-40: written 61%", else None.
+    time, saves and hooks included. `saving` is the save in flight, such as "hf-40: written 61%"; else one that was in
+    flight as a step began, "hf-40: over meanwhile"; else None.
     """
 
     step: int

@@ -35,8 +35,10 @@ class TrainState:
     @classmethod
     def from_record(cls, record: Mapping[str, Any], *, path: str) -> TrainState:
         """Raises LoadError for a record that the trainer did not write; `path` is the checkpoint's, for the message."""
-        kinds = {"step": int, "epoch": int, "consumed_samples": int, "consumed_tokens": int, "schedule_begin": int}
-        kinds |= {"train_time_s": float, "config": Mapping}
+        kinds: dict[str, type] = dict.fromkeys(
+            ("step", "epoch", "consumed_samples", "consumed_tokens", "schedule_begin"), int
+        )
+        kinds |= {"train_time_s": float, "config": dict}
         for name, kind in kinds.items():
             if not isinstance(record.get(name), kind):
                 raise LoadError(
