@@ -31,7 +31,7 @@ RANKS = 2
 MARKER_NAME = ".stillframe-demo"
 TRAINING_TIMEOUT_S = 900.0
 CHECK_TIMEOUT_S = 300.0
-LEAST_FALL = 2.5
+LEAST_FALL = 2.0
 """The loss must fall by at least this many nats, from about ln(2048) = 7.6 at the start."""
 
 
@@ -201,7 +201,10 @@ def show_saves(steps: list[dict[str, Any]], saves: list[dict[str, Any]]) -> None
     print(f"one training step: {alone_s:.2f} s", end="")
     print(f"; with a save in flight: {statistics.median(saving):.2f} s\n" if saving else "\n")
     print_table(rows, align="lrrrrrr")
-    print("A checkpoint and an export of one step are copied together, once, and written one after the other.")
+    print(
+        "A checkpoint and an export of one step are copied together, once, and written one after the other; the first"
+    )
+    print("two also wait for their plan and their memory.")
     print("stall: training stood still. written: on disk, synced. published: complete, under its name; after the call.")
 
 
