@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 import stillframe
 from stillframe.errors import SaveFailed, StillframeError, WriteFailed, WriterDied
+from stillframe.names import HISTORY_NAME
 from stillframe.testing import Ranks, hold_at, reached, run_process, run_ranks
 from stillframe.testing.models import tiny_qwen3
 from tests.multirank.exports import digests, distribute
@@ -49,7 +50,8 @@ def expect_once(ckpt: stillframe.Checkpointer, cls: type[StillframeError], said:
 
 
 def names(run_dir: Path) -> list[str]:
-    return sorted(path.name for path in run_dir.iterdir())
+    """What is in a run directory, but for its history."""
+    return sorted({path.name for path in run_dir.iterdir()} - {HISTORY_NAME})
 
 
 # Writers that die
@@ -61,7 +63,7 @@ def kill_idle_writer(run_dir: Path) -> None:
         pid = writer_pid(ckpt)
         if dist.get_rank() == 1:
             os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: ckpt._export is not None and not ckpt._export.writer.alive, "the writer was gone")
+            wait_until(lambda: ckpt._frames is not None and not ckpt._frames.writer.alive, "the writer was gone")
         ckpt.save_hf(2)
         assert (writer_pid(ckpt) == pid) == (dist.get_rank() != 1)
 

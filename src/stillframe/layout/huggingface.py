@@ -56,13 +56,17 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors refuses to read a longer one
 class HuggingFacePlan:
     """A layout, this rank's share of it, and the model's own tensors that the snapshot copies from, by name.
 
-    `config_dtype` is the model's dtype in the files, as config.json says it.
+    `config_dtype` is the model's dtype in the files, as config.json says it. `items`, `sources` and `holdings` are what
+    the share was made of, for a save that shares it out otherwise (`together`).
     """
 
     layout: Layout
     share: RankShare
     tensors: Mapping[str, torch.Tensor]
     config_dtype: torch.dtype
+    items: Sequence[PlacedItem]
+    sources: Sequence[str]
+    holdings: Mapping[str, Holding]
 
 
 def plan_huggingface(
@@ -98,20 +102,35 @@ def plan_huggingface(
     )
     share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
     config_dtype = model.dtype if cast is None else saved_dtype(model, tensors, key_map)
-    return HuggingFacePlan(layout=layout, share=share, tensors=tensors, config_dtype=config_dtype)
+    return HuggingFacePlan(
+        layout=layout,
+        share=share,
+        tensors=tensors,
+        config_dtype=config_dtype,
+        items=items,
+        sources=key_map.sources,
+        holdings=holdings,
+    )
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The model inside of DDP and `torch.compile` wrappers. Raises UnsupportedModel if it is no PreTrainedModel."""
-    inner: Any = model
-    while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
-        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
+    inner = unwrapped_module(model)
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModel(
             f"{type(inner).__name__} is not a transformers PreTrainedModel; only those have a Hugging Face "
             "directory to save to and load from"
         )
     return inner
+
+
+def unwrapped_module(model: nn.Module) -> nn.Module:
+    """The module inside of DDP and `torch.compile` wrappers."""
+    inner: Any = model
+    while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
+        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
+    module: nn.Module = inner
+    return module
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
