@@ -133,7 +133,8 @@ class Trainer:
     def _take_steps(self, saves: Saves, progress: Progress) -> None:
         self._started_s = time.perf_counter()
         log = _Window(self)
-        for step in range(self.step + 1, self.total_steps + 1):
+        first_step = self.step + 1
+        for step in range(first_step, self.total_steps + 1):
             self.checkpointer.check()
             batches = self.data.batches()
             # One small reduction serves two questions: how to scale the loss, and whether every rank knows of a
@@ -151,6 +152,8 @@ class Trainer:
                 progress.step(log.close(step, grad_norm, saves.in_flight()))
             for hook in self.hooks:
                 hook.after_train_step(step)
+            if step == first_step:
+                saves.prepare()  # now that the optimizer has its state
             if kinds := saves.due(step):
                 saves.launch(kinds, step, self.epoch, self.state().as_record())
 

@@ -69,8 +69,8 @@ class Saves:
         """Save the state as it is now, once for each of `kinds`.
 
         Blocks for the copy, and for the save before it if that is still in flight, which is then delivered first; for a
-        kind that is not asynchronous until it is delivered. An export and a checkpoint are copied together; an export
-        beside a snapshot is one after the other. Raises `SaveFailed` of any of them.
+        kind that is not asynchronous until it is delivered. An export is copied together with the checkpoint or
+        snapshot beside it. Raises `SaveFailed` of any of them.
         """
         futures = self._start(kinds, step, train_state)
         self.deliver_all(step)
@@ -85,20 +85,24 @@ class Saves:
 
     def _start(self, kinds: Sequence[Kind], step: int, train_state: Mapping[str, Any]) -> dict[Kind, Future[Path]]:
         """Ask for the saves; by kind, in the order in which they are published."""
-        checkpointer, overwrite = self._checkpointer, self._overwrite
-        if set(kinds) == {"checkpoint", "hf"}:
-            checkpoint, export = checkpointer.async_save_both(step, train_state=train_state, overwrite=overwrite)
-            return {"checkpoint": checkpoint, "hf": export}
-        futures: dict[Kind, Future[Path]] = {}
-        for kind in kinds:
-            if kind == "hf":
-                futures[kind] = checkpointer.async_save_hf(step, overwrite=overwrite)
-            else:
-                is_snapshot = kind == "snapshot"
-                futures[kind] = checkpointer.async_save(
-                    step, train_state=train_state, snapshot=is_snapshot, overwrite=overwrite
-                )
-        return futures
+        if tuple(kinds) == ("hf",):
+            return {"hf": self._checkpointer.async_save_hf(step, overwrite=self._overwrite)}
+        kind, is_snapshot = kinds[0], "snapshot" in kinds
+        if "hf" in kinds:
+            checkpoint, export = self._checkpointer.async_save_both(
+                step, train_state=train_state, snapshot=is_snapshot, overwrite=self._overwrite
+            )
+            return {kind: checkpoint, "hf": export}
+        future = self._checkpointer.async_save(
+            step, train_state=train_state, snapshot=is_snapshot, overwrite=self._overwrite
+        )
+        return {kind: future}
+
+    def prepare(self) -> None:
+        """Have the first checkpoint or snapshot not wait for its layout and its memory; after the first step."""
+        checkpoint, steps = self._config.checkpoint, range(1, self._total_steps + 1)
+        if checkpoint.checkpoint_interval is not None or checkpoint.snapshot_interval is not None:
+            self._checkpointer.prepare(both=any(len(self.due(step)) > 1 for step in steps))
 
     def is_settled(self) -> bool:
         """Whether this rank knows how the next launched save ended; other ranks may know a little earlier or later."""
