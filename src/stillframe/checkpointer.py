@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stillframe import provenance
+from stillframe.catalog.directory import point_to_newest
 from stillframe.catalog.history import History
 from stillframe.commit.failure import Failure
 from stillframe.commit.rendezvous import meet
@@ -38,12 +39,12 @@ from stillframe.export import Export
 from stillframe.frames import Frames, What
 from stillframe.layout.casting import Cast
 from stillframe.layout.huggingface import unwrapped, unwrapped_module
-from stillframe.names import CHECKPOINT_PART, EXPORT_PART, TOGETHER, published_path
+from stillframe.names import CHECKPOINT_PART, EXPORT_PART, KINDS, TOGETHER, published_path
 from stillframe.options import CheckpointerOptions, checked_metrics, run_directory
 from stillframe.policies import RetentionPolicy
 from stillframe.records import Recovered
 from stillframe.resumable import Resumable, encode_train_state
-from stillframe.resume import ResumeChoice, Resumed, branch_of, resume, set_aside
+from stillframe.resume import ResumeChoice, Resumed, branch_of, published_dir, resume, set_aside
 from stillframe.save import SaveJob, run_save
 from stillframe.start import Started, agree_to_start
 from stillframe.state.objects import Stateful, check_stateful
@@ -446,7 +447,10 @@ class Checkpointer:
         assert self._history is not None, "rank 0 began it at the start"
         self._branch = branch_of(self._options.run_dir, resumed.path, damaged)
         set_aside(damaged, self._ballot.attempt)
-        self._history.resumed(resumed.path.name, step=resumed.step or 0, branch=self._branch)
+        for kind in KINDS if damaged else ():
+            point_to_newest(self._options.run_dir, kind, self._ballot.attempt)
+        origin = published_dir(resumed.path.resolve()).name
+        self._history.resumed(origin, step=resumed.step or 0, branch=self._branch)
 
     def _next_ballot(self, step: int | None, path: Path) -> Ballot:
         self._ballot = self._ballot.successor(step=step, path=path)
@@ -479,8 +483,7 @@ class Checkpointer:
             self._live_frames().refuse_unplanned(what)
             if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < _MAX_STEP:
                 raise OptionError(f"step must be an integer from 0 to 10^18 - 1, not {step!r}")
-            state = encode_train_state(step, train_state)
-            return self._launch_alone(what, kinds, step, state, checked_metrics(metrics), overwrite)
+            return self._launch_alone(what, kinds, step, train_state, metrics, overwrite)
         finally:
             self._launching.release()
 
@@ -489,8 +492,8 @@ class Checkpointer:
         what: What,
         kinds: Sequence[str],
         step: int,
-        train_state: bytes,
-        metrics: Mapping[str, float],
+        train_state: Mapping[str, Any] | None,
+        metrics: Mapping[str, float] | None,
         overwrite: bool,
     ) -> tuple[Future[Path], ...]:
         trackers = [Tracker(kind, step) for kind in kinds]
@@ -505,8 +508,12 @@ class Checkpointer:
                 raise CheckpointExists(reason, step=step, rank=None, stage="prepare", path=final_dir)
         frames = self._live_frames()
         failure: Failure | None = None
+        checked: dict[str, float] = {}
         try:
-            parts = frames.take(what, train_state=train_state)
+            state = b""
+            if self._meeting.rank == 0:  # whose are saved
+                state, checked = encode_train_state(step, train_state), checked_metrics(metrics)
+            parts = frames.take(what, train_state=state)
         except Exception as error:  # noqa: BLE001  # the other ranks must learn of it, or they would wait for this one
             failure = Failure.of(error, rank=self._meeting.rank, stage="snapshot")
             parts = frames.without_content(what)
@@ -527,7 +534,7 @@ class Checkpointer:
                 git_commit=self._git_commit,
                 versions=self._versions,
                 branch=self._branch,
-                metrics=metrics,
+                metrics=checked,
                 history=self._history,
                 timeout_s=self._options.save_timeout_s,
             )

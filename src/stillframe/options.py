@@ -121,6 +121,8 @@ class CheckpointerOptions:
 
 def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     """`metrics` as plain numbers, tensors of one element included. Raises OptionError."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise OptionError(f"metrics must be a dict of numbers, not {metrics!r:.60}")
     checked = {}
     for name, value in (metrics or {}).items():
         try:

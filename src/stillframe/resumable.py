@@ -47,12 +47,14 @@ class Resumable:
         self._world_size = world_size
         self._plan: DistcpPlan | None = None
         self._watched: tuple[Watched, WatchedOptimizers] | None = None
+        self._frozen: list[bool] = []
 
     def plan(self, plan_id: int) -> DistcpPlan:
         """Raises LayoutError where a tensor is distributed in a way that cannot be described exactly."""
         tree = tree_of(self.model, self.optimizers, save_frozen=self.save_frozen)
         self._plan = plan_distcp(tree, rank=self._rank, world_size=self._world_size, plan_id=plan_id)
         self._watched = (Watched(self.model, tree.tensors), WatchedOptimizers(self.optimizers))
+        self._frozen = self._frozen_now()
         return self._plan
 
     def settle(self) -> None:
@@ -62,7 +64,13 @@ class Resumable:
 
     def unchanged(self) -> bool:
         """Whether model and optimizers are still what the last `plan` was made of; what was never planned is not."""
-        return self._watched is not None and all(watched.unchanged() for watched in self._watched)
+        if self._watched is None or self._frozen != self._frozen_now():
+            return False
+        return all(watched.unchanged() for watched in self._watched)
+
+    def _frozen_now(self) -> list[bool]:
+        """Which parameters are left out because they are frozen, where that counts."""
+        return [] if self.save_frozen else [parameter.requires_grad for parameter in self.model.parameters()]
 
     def files(self, train_state: bytes) -> Callable[[], tuple[InlineFile, ...]]:
         """What is written beside the tensors, as it is now; what can be rendered later is when the result is called.
@@ -83,8 +91,8 @@ class Resumable:
 
 def encode_train_state(step: int, train_state: Mapping[str, Any] | None) -> bytes:
     """`train_state` as JSON, with the step; raises OptionError for what JSON cannot hold exactly."""
-    state = {"step": step, **(train_state or {})}
     try:
+        state = {"step": step, **(train_state or {})}
         if state["step"] != step:
             raise ValueError(f"its step is {state['step']}, the save's {step}")
         text = json.dumps(state, indent=1, allow_nan=False)

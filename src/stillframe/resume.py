@@ -1,7 +1,7 @@
 """The start from a published checkpoint: which one, agreed by all ranks, and everything put back.
 
-rank 0: choose ─▶ open ─▶ load ─▶ vote ─▶ collect ─▶ verdict
-others:     wait for open ─▶ load ─▶ vote ─▶ wait for the verdict
+rank 0: choose ─▶ open ─▶ read ─▶ vote ─▶ collect ─▶ verdict ─▶ put in place ─▶ vote ─▶ ...
+others:     wait for open ─▶ read ─▶ vote ─▶ wait for the verdict ─▶ put in place ─▶ vote ─▶ ...
 
 Either every rank has loaded the same checkpoint, or all raise what one of them found.
 """
@@ -13,8 +13,9 @@ import logging
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -25,6 +26,7 @@ from stillframe.commit.vote import Ballot, Vote
 from stillframe.durable import fsync_dir
 from stillframe.errors import (
     CorruptCheckpoint,
+    LoadError,
     ModelMismatch,
     NotACheckpoint,
     OptionError,
@@ -32,13 +34,16 @@ from stillframe.errors import (
 )
 from stillframe.load.distcp import DistcpDirectory, open_distcp
 from stillframe.load.folder import listed
-from stillframe.names import CHECKPOINT_PART, MANIFEST_NAME, TOGETHER, TRAIN_STATE_NAME, parse_published
+from stillframe.load.local import local_part
+from stillframe.manifest import read_manifest
+from stillframe.names import CHECKPOINT_PART, TOGETHER, TRAIN_STATE_NAME, parse_published
 from stillframe.resumable import Resumable, decode_train_state
 from stillframe.state import rng
-from stillframe.state.objects import RNG, choose_states
+from stillframe.state.objects import RNG, choose_states, is_of_one_rank
 from stillframe.state.restoring import OptimizerLoad, Targets, model_targets
 
 _log = logging.getLogger("stillframe")
+T = TypeVar("T")
 
 OPTIMIZER = "optimizer"
 OPTIMIZER_ARGUMENTS = "optimizer_arguments"
@@ -98,10 +103,8 @@ def resume(
             path, is_last = _agree_on_a_path(choice, len(damaged), ballot, meeting)
             if path is None:
                 return None
-            resumed = _load_on_all_ranks(
-                path, choice, resumable, ballot, meeting, lambda resumed: on_loaded(resumed, damaged)
-            )
-            return replace(resumed, passed_over=tuple(map(published_dir, damaged)))
+            filled = _on_all_ranks(partial(_fill, path, choice, resumable, meeting), ballot, meeting, choice.run_dir)
+            break
         except (CorruptCheckpoint, NotACheckpoint) as error:
             if path is None or is_last or not choice.fallback:
                 raise
@@ -109,11 +112,31 @@ def resume(
             damaged.append(path)
         finally:
             ballot.acknowledge()
+    # Optimizers and objects change only now, when every rank has read everything: a rank that falls back to an older
+    # checkpoint must find them as they were.
+    resumed = replace(filled.resumed, passed_over=tuple(map(published_dir, damaged)))
+    ballot = next_ballot(None, choice.run_dir)
+    try:
+        if meeting.rank == 0:
+            ballot.open(None)
+        else:
+            ballot.await_open()
+        _on_all_ranks(
+            partial(_put_back, filled, choice, resumable),
+            ballot,
+            meeting,
+            choice.run_dir,
+            lambda: on_loaded(resumed, damaged),
+        )
+    finally:
+        ballot.acknowledge()
+    return resumed
 
 
 def _check_names(choice: ResumeChoice, resumable: Resumable) -> None:
-    known = {OPTIMIZER, OPTIMIZER_ARGUMENTS, RNG, *resumable.stateful}
-    for option, names in (("skip", choice.skip), ("reset", choice.reset)):
+    states = {RNG, *resumable.stateful}
+    parts = states | {OPTIMIZER, OPTIMIZER_ARGUMENTS}
+    for option, names, known in (("skip", choice.skip, parts), ("reset", choice.reset, states)):
         if unknown := sorted(names - known):
             raise OptionError(f"{option}: there is no part {unknown[0]!r}; parts are {', '.join(sorted(known))}")
 
@@ -130,15 +153,24 @@ def _candidates(choice: ResumeChoice) -> list[Path]:
 
 
 def _unlisted(run_dir: Path, listed: Collection[Path]) -> list[Path]:
-    """Directories with a manifest that cannot be read, though their names are those of checkpoints; highest step first.
+    """Directories whose manifest is damaged, though their names are those of checkpoints; highest step first.
 
-    One without a manifest is somebody else's: other trainers call theirs `checkpoint-<step>` too.
+    One without a manifest is somebody else's: other trainers call theirs `checkpoint-<step>` too. One with a good
+    manifest of another step is a copy that somebody renamed; it is left alone, and so are links.
     """
     found = []
     for path in run_dir.iterdir():
         parsed = parse_published(path.name)
-        if parsed is not None and parsed[0] in RESUMABLE and path not in listed and (path / MANIFEST_NAME).exists():
+        if parsed is None or parsed[0] not in RESUMABLE or path in listed or path.is_symlink():
+            continue
+        try:
+            read_manifest(path)
+        except NotACheckpoint:
+            continue
+        except LoadError:
             found.append((parsed[1], path / CHECKPOINT_PART if parsed[0] == TOGETHER else path))
+        else:
+            _log.warning("%s has the manifest of another checkpoint and is passed over; resume(path) takes it", path)
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -157,25 +189,28 @@ def _agree_on_a_path(choice: ResumeChoice, tried: int, ballot: Ballot, meeting: 
     return path, is_last
 
 
-def _load_on_all_ranks(
-    path: Path,
-    choice: ResumeChoice,
-    resumable: Resumable,
+def _on_all_ranks(
+    work: Callable[[], T],
     ballot: Ballot,
     meeting: Rendezvous,
-    on_loaded: Callable[[Resumed], None],
-) -> Resumed:
+    run_dir: Path,
+    then: Callable[[], None] = lambda: None,
+) -> T:
+    """The result of this rank's `work`, once all ranks could do theirs; what fails on one is raised on all.
+
+    Rank 0 does what comes `then` in between, and what that raises, all raise.
+    """
     own_error: Exception | None = None
-    resumed: Resumed | None = None
+    result: T | None = None
     try:
-        resumed = _load(path, choice, resumable, meeting)
+        result = work()
     except Exception as error:  # noqa: BLE001  # told to all ranks, and raised below
         own_error = error
     failure = None if own_error is None else Failure.of(own_error, rank=meeting.rank, stage="resume")
     try:
         ballot.cast(Vote(rank=meeting.rank, step=None, layout_digest="", failure=failure))
         if meeting.rank == 0:
-            _decide(ballot, choice.run_dir, lambda: on_loaded(resumed) if resumed is not None else None)
+            _decide(ballot, run_dir, then)
         else:
             ballot.await_verdict()
     except StillframeError as verdict:
@@ -183,14 +218,13 @@ def _load_on_all_ranks(
         if isinstance(own_error, StillframeError) and str(verdict).endswith(str(own_error)):
             raise own_error from None
         raise verdict from own_error
-    assert resumed is not None, "a rank that failed has voted so"
-    return resumed
+    return cast(T, result)  # a rank that has none has voted so
 
 
-def _decide(ballot: Ballot, run_dir: Path, on_loaded: Callable[[], None]) -> None:
+def _decide(ballot: Ballot, run_dir: Path, then: Callable[[], None]) -> None:
     try:
         ballot.collect()
-        on_loaded()
+        then()
     except Exception as error:
         failure = Failure.of(error, rank=0, stage="resume")
         ballot.decide(failure)
@@ -228,8 +262,18 @@ def published_dir(checkpoint_path: Path) -> Path:
     return checkpoint_path if parse_published(checkpoint_path.name) is not None else checkpoint_path.parent
 
 
-def _load(path: Path, choice: ResumeChoice, resumable: Resumable, meeting: Rendezvous) -> Resumed:
-    """This rank's part. Everything is compared before anything is changed; the random state is put back last."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Filled:
+    """What one rank has read: the model's tensors are filled, everything else waits for `_put_back`."""
+
+    resumed: Resumed
+    optimizers: OptimizerLoad | None
+    objects: Mapping[str, object]
+    states: Mapping[str, Any]
+
+
+def _fill(path: Path, choice: ResumeChoice, resumable: Resumable, meeting: Rendezvous) -> _Filled:
+    """Compare everything, then read it; of what there is already, only the model's tensors change."""
     with open_distcp(path) as directory:
         states, left = _rank_states(directory, choice, resumable, meeting)
         train_state = {}
@@ -237,23 +281,20 @@ def _load(path: Path, choice: ResumeChoice, resumable: Resumable, meeting: Rende
             train_state = decode_train_state(directory.read_checked(TRAIN_STATE_NAME), path / TRAIN_STATE_NAME)
         model = model_targets(resumable.model, directory.tensors, directory.paths, save_frozen=resumable.save_frozen)
         optimizers = None
+        objects: dict[str, object] = {}
         wanted = [model]
         if resumable.optimizers and OPTIMIZER not in choice.skip:
+            objects = {k: directory.object(k) for k in sorted(directory.objects) if directory.paths[k][0] == OPTIMIZER}
             optimizers = OptimizerLoad(resumable.model, resumable.optimizers, directory.tensors, directory.paths)
             wanted.append(optimizers.targets)
         targets = {key: tensor for part in wanted for key, tensor in part.tensors.items()}
         _refuse_differences(directory, targets, wanted)
-        bytes_read = directory.fill(targets, verify=choice.verify, partial=True)
         if optimizers is not None:
-            objects = {k: directory.object(k) for k in sorted(directory.objects) if directory.paths[k][0] == OPTIMIZER}
-            optimizers.put_in_place(objects, arguments=OPTIMIZER_ARGUMENTS not in choice.skip)
+            optimizers.refuse_other_groups(objects, arguments=OPTIMIZER_ARGUMENTS not in choice.skip)
+        _refuse_untied(directory, model)
+        bytes_read = directory.fill(targets, verify=choice.verify, partial=True)
         manifest = directory.manifest
-    for name, state in states.items():
-        if name != RNG:
-            _put_back(name, resumable.stateful[name], state)
-    if RNG in states:
-        rng.restore(states[RNG])
-    return Resumed(
+    resumed = Resumed(
         path=path,
         kind=None if manifest is None else manifest.kind,
         step=None if manifest is None else manifest.step,
@@ -263,6 +304,34 @@ def _load(path: Path, choice: ResumeChoice, resumable: Resumable, meeting: Rende
         passed_over=(),
         bytes_read=bytes_read,
     )
+    return _Filled(resumed=resumed, optimizers=optimizers, objects=objects, states=states)
+
+
+def _put_back(filled: _Filled, choice: ResumeChoice, resumable: Resumable) -> None:
+    """Optimizers, objects, and last the random state, which the others may use."""
+    if filled.optimizers is not None:
+        filled.optimizers.put_in_place(filled.objects, arguments=OPTIMIZER_ARGUMENTS not in choice.skip)
+    for name, state in filled.states.items():
+        if name != RNG:
+            _put_back_one(name, resumable.stateful[name], state)
+    if RNG in filled.states:
+        rng.restore(filled.states[RNG])
+
+
+def _refuse_untied(directory: DistcpDirectory, model: Targets) -> None:
+    """Raise ModelMismatch where tensors that are one in the model have different values in the checkpoint."""
+    for other, key in model.same_as.items():
+        if directory.tensors[other] == directory.tensors[key]:
+            continue  # written once, under both names
+        one, two = (torch.empty_like(model.tensors[key], requires_grad=False) for _ in range(2))
+        if not directory.differences({other: two}, partial=True):
+            directory.fill({key: one, other: two}, partial=True)
+            if torch.equal(local_part(one), local_part(two)):
+                continue
+        raise ModelMismatch(
+            f"{directory.path}: {key} and {other} are one tensor in the model but differ in the checkpoint; the model "
+            "that was saved did not tie them"
+        )
 
 
 def _refuse_differences(
@@ -296,8 +365,9 @@ def _rank_states(
     of_ranks = [
         directory.rank_state(rank) if not same or rank == meeting.rank else {} for rank in range(manifest.world_size)
     ]
+    own = {name for name in names if name == RNG or is_of_one_rank(name, resumable.stateful[name])}
     states, left = choose_states(
-        of_ranks, rank=meeting.rank, world_size=meeting.world_size, names=names, reset=choice.reset
+        of_ranks, rank=meeting.rank, world_size=meeting.world_size, names=names, own=own, reset=choice.reset
     )
     absent = [name for name in names if name not in states and name not in left]
     if absent:
@@ -308,7 +378,7 @@ def _rank_states(
     return states, left
 
 
-def _put_back(name: str, stateful: Any, state: Any) -> None:
+def _put_back_one(name: str, stateful: Any, state: Any) -> None:
     try:
         stateful.load_state_dict(state)
     except Exception as error:

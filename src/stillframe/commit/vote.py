@@ -235,12 +235,16 @@ class Ballot:
             failure = Failure(error=first.error, rank=first.rank, stage=first.stage, reason=reason)
             raise failure.exception(step=self._step, path=self._path)
         if late:
+            # Attempt 0 is the start; a later one without a step is a resume.
+            called, stage = (
+                ("the save", "vote") if self._step is not None or self._number == 0 else ("resume", "resume")
+            )
             raise SaveTimeout(
                 f"{in_words(late)} did not report within {self._timeout_s:.0f} s (of {self._meeting.world_size} "
-                "ranks); did every rank call the save?",
+                f"ranks); did every rank call {called}?",
                 step=self._step,
                 rank=late[0],
-                stage="vote",
+                stage=stage,
                 path=self._path,
             )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +12,7 @@ from stillframe.errors import ModelMismatch, OptionError
 from stillframe.state import rng
 
 RNG = "rng"
+DATALOADER = "dataloader"
 
 
 @runtime_checkable
@@ -48,42 +48,57 @@ def render_rank_state(objects: Mapping[str, Stateful]) -> bytes:
 
     Raises OptionError, naming the object, for a state that could not be read back without executing code.
     """
-    buffer = io.BytesIO()
     states = {name: value.state_dict() for name, value in objects.items()}
-    torch.save({RNG: rng.capture(), **states}, buffer)
-    content = buffer.getvalue()
-    try:
-        torch.load(io.BytesIO(content), weights_only=True)
-    except pickle.UnpicklingError:
-        for name, state in states.items():
-            _refuse_unsafe(name, state)
-        raise
-    return content
-
-
-def _refuse_unsafe(name: str, state: object) -> None:
     buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
     try:
+        torch.save({RNG: rng.capture(), **states}, buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception:
+        for name, state in states.items():
+            refuse_unsafe(f"the state of {name!r}", state)
+        raise
+    return buffer.getvalue()
+
+
+def refuse_unsafe(what: str, state: object) -> None:
+    """Raise OptionError for what could not be saved, or not be read back without executing code."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(state, buffer)
+        buffer.seek(0)
         torch.load(buffer, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # pickle raises whatever an object's own methods do
         told = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
         reason = told.partition(" Please use")[0].rpartition("Error: ")[2]
         raise OptionError(
-            f"the state of {name!r} holds more than numbers, text, tensors, lists and dicts, so that it could not be "
+            f"{what} holds more than numbers, text, tensors, lists and dicts, so that it could not be saved, or not be "
             f"read back without executing code: {reason.strip()[:300]}"
         ) from error
 
 
+def is_of_one_rank(name: str, value: Stateful) -> bool:
+    """Whether a state is about one rank's part of something, even where it is equal on all ranks.
+
+    A dataloader's is: after three batches each of two ranks has the same count, of which four ranks can make nothing.
+    One that counts for all ranks together says so by an attribute `state_is_global = True`.
+    """
+    return name == DATALOADER and not getattr(value, "state_is_global", False)
+
+
 def choose_states(
-    of_ranks: Sequence[Mapping[str, Any]], *, rank: int, world_size: int, names: Collection[str], reset: Collection[str]
+    of_ranks: Sequence[Mapping[str, Any]],
+    *,
+    rank: int,
+    world_size: int,
+    names: Collection[str],
+    own: Collection[str],
+    reset: Collection[str],
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Of the states that the ranks of a checkpoint left, those for this rank, and the names that have none for it.
+    """Of the states that the ranks of a checkpoint left, those for this rank, and the names that are left as they are.
 
     With as many ranks as then, each gets its own back. With another number, a state that was equal on all ranks is
-    everybody's (a scheduler's, a sampler's that counts globally); one that was not cannot be divided: it is left out if
-    `reset` names it, else ModelMismatch says which and what to do.
+    everybody's (a scheduler's). One that was not, or is of one rank (`own`), cannot be divided: it is left if `reset`
+    names it, else ModelMismatch says which and what to do. What no rank saved is in neither result.
     """
     if len(of_ranks) == world_size:
         own = of_ranks[rank]
@@ -91,10 +106,12 @@ def choose_states(
     chosen, left_out, stuck = {}, [], []
     for name in names:
         states = [of_one[name] for of_one in of_ranks if name in of_one]
-        if len(states) == len(of_ranks) and all(_equal(state, states[0]) for state in states[1:]):
-            chosen[name] = states[0]
-        elif name in reset or not states:
+        if name in reset:
             left_out.append(name)
+        elif not states:
+            continue
+        elif name not in own and len(states) == len(of_ranks) and all(_equal(s, states[0]) for s in states[1:]):
+            chosen[name] = states[0]
         else:
             stuck.append(name)
     if stuck:

@@ -7,7 +7,7 @@ changed. A model's tensors are filled in place.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -33,11 +33,13 @@ class Stored(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
     """Where stored tensors go, by stored key; `missing`: keys that the state needs and the directory does not hold;
-    `unexpected`: keys that it holds and the state has no place for."""
+    `unexpected`: keys that it holds and the state has no place for. `same_as`: further stored keys of tied tensors, and
+    the key in `tensors` whose values they must have."""
 
     tensors: Mapping[str, torch.Tensor]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    same_as: Mapping[str, str] = field(default_factory=dict)
 
 
 def model_targets(
@@ -53,15 +55,17 @@ def model_targets(
     for alias, key in tree.aliases.items():
         names[key].append(alias)
     tensors, missing = {}, []
+    same_as: dict[str, str] = {}
     for key, tensor in tree.tensors.items():
-        found = next((name for name in names[key] if name in stored), None)
-        if found is not None:
-            tensors[found] = tensor
+        found = [name for name in names[key] if name in stored]
+        if found:
+            tensors[found[0]] = tensor
+            same_as.update(dict.fromkeys(found[1:], found[0]))
         elif key in needed.tensors:
             missing.append(key)
     known = tree.tensors.keys() | tree.aliases.keys()
     unexpected = [key for key, path in paths.items() if path[0] == MODEL and key in stored and key not in known]
-    return Targets(tensors=tensors, missing=tuple(missing), unexpected=tuple(unexpected))
+    return Targets(tensors=tensors, missing=tuple(missing), unexpected=tuple(unexpected), same_as=same_as)
 
 
 class OptimizerLoad:
@@ -97,27 +101,17 @@ class OptimizerLoad:
                 unexpected.append(key)
             else:
                 tensors[key] = self._like(key, parameter, path[3:], stored[key])
-        with_state = {str(path[2]) for path in self._paths.values() if path[1] == "state"}
-        live = {
-            self._names[id(p)] for o in optimizers for p, state in o.state.items() if state and id(p) in self._names
-        }
-        missing = tuple(f"{OPTIMIZER}.state.{name}" for name in sorted(live - with_state))
-        self.targets = Targets(tensors=tensors, missing=missing, unexpected=tuple(unexpected))
+        self.targets = Targets(tensors=tensors, missing=(), unexpected=tuple(unexpected))
 
     def put_in_place(self, objects: Mapping[str, object], *, arguments: bool) -> None:
-        """Give the optimizers the tensors of `targets`, now filled, and `objects` (by key).
+        """Give the optimizers the tensors of `targets`, now filled, and `objects` (by key); what has no saved state has
+        none afterwards.
 
         `arguments=False` leaves the groups' own (lr, betas, weight_decay, ...) as they are. Raises ModelMismatch, with
-        nothing changed, where the groups hold other parameters than the saved ones did.
+        nothing changed, as `refuse_other_groups` does.
         """
-        values: dict[KeyPath, object] = {}
-        for key, path in self._paths.items():
-            if key in self.targets.tensors:
-                values[path] = self.targets.tensors[key]
-            elif key in objects:
-                values[path] = objects[key]
-        saved_groups = self._saved_groups(values)
-        self._refuse_other_groups(saved_groups)
+        saved_groups = self.refuse_other_groups(objects, arguments=arguments)
+        values = self._values(objects)
         state: dict[int, dict[Any, Any]] = {id(p): {} for _, group in self._groups() for p in group["params"]}
         for path, value in values.items():
             if path[1] == "state":
@@ -125,7 +119,9 @@ class OptimizerLoad:
         for optimizer, group in self._groups():
             for parameter in group["params"]:
                 if state[id(parameter)]:
-                    optimizer.state[parameter] = state[id(parameter)]
+                    optimizer.state[parameter] = _with_lists(state[id(parameter)])
+                else:
+                    optimizer.state.pop(parameter, None)
         if arguments:
             for (_, group), saved in zip(self._groups(), saved_groups, strict=True):
                 group.update({name: value for name, value in saved.items() if name != "params"})
@@ -152,14 +148,37 @@ class OptimizerLoad:
         on_device = path[0] != "step" or group.get("fused") or group.get("capturable")
         return torch.empty(stored.shape, dtype=stored.dtype, device=parameter.device if on_device else "cpu")
 
+    def _values(self, objects: Mapping[str, object]) -> dict[KeyPath, object]:
+        values: dict[KeyPath, object] = {}
+        for key, path in self._paths.items():
+            if key in self.targets.tensors:
+                values[path] = self.targets.tensors[key]
+            elif key in objects:
+                values[path] = objects[key]
+        return values
+
     def _saved_groups(self, values: Mapping[KeyPath, object]) -> list[dict[str, Any]]:
         groups: dict[int, dict[str, Any]] = {}
         for path, value in values.items():
             if path[1] == "param_groups":
                 _set(groups.setdefault(int(path[2]), {}), path[3:], value)
-        return [groups[index] for index in sorted(groups)]
+        return [_with_lists(groups[index]) for index in sorted(groups)]
 
-    def _refuse_other_groups(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
+    def refuse_other_groups(self, objects: Mapping[str, object], *, arguments: bool) -> list[dict[str, Any]]:
+        """The saved groups; raises ModelMismatch where the optimizers' own hold other parameters, or (`arguments`) are
+        those of another kind of optimizer."""
+        saved_groups = self._saved_groups(self._values(objects))
+        self._refuse_other_parameters(saved_groups)
+        for (optimizer, group), saved in zip(self._groups(), saved_groups, strict=True):
+            added, lost = sorted(group.keys() - saved.keys()), sorted(saved.keys() - group.keys() - {"initial_lr"})
+            if arguments and added and lost:
+                raise ModelMismatch(
+                    f"the checkpoint is that of another kind of optimizer than {type(optimizer).__name__}: its groups "
+                    f"have {', '.join(lost)}, and not {', '.join(added)}"
+                )
+        return saved_groups
+
+    def _refuse_other_parameters(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
         own = [[self._names[id(p)] for p in group["params"]] for _, group in self._groups()]
         saved = [list(group.get("params", ())) for group in saved_groups]
         if own == saved:
@@ -177,3 +196,12 @@ def _set(state: dict[Any, Any], path: KeyPath, value: object) -> None:
     for part in path[:-1]:
         state = state.setdefault(part, {})
     state[path[-1]] = value
+
+
+def _with_lists(state: Any) -> Any:
+    """`state` with lists where its paths had numbers: dicts have text for keys in a flattened state."""
+    if not isinstance(state, dict):
+        return state
+    if state and all(type(key) is int for key in state):
+        return [_with_lists(state[index]) for index in sorted(state)]
+    return {key: _with_lists(value) for key, value in state.items()}

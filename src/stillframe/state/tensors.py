@@ -6,28 +6,34 @@ of parameters in the place of numbers, without those of wrappers), `_nested_dict
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.optim import Optimizer
 
 from stillframe.errors import UnsupportedModel
+from stillframe.state.objects import refuse_unsafe
 from stillframe.tree import StateTree
 
 MODEL = "model"
 OPTIMIZER = "optimizer"
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
+_PLAIN = (type(None), bool, int, float, str)
 
 
 def tree_of(model: nn.Module, optimizers: Sequence[Optimizer], *, save_frozen: bool) -> StateTree:
     """The tensors and values of `model` (without its outermost wrappers) and its optimizers, as they are now.
 
     `save_frozen=False` leaves out parameters that do not require gradients. No data is read or copied. Raises
-    UnsupportedModel for a parameter of an optimizer that the model does not have, and for names that clash.
+    UnsupportedModel for a parameter of an optimizer that the model does not have, or that two optimizers have; for
+    names that clash; for modules with an extra state of their own, and tensors whose elements share memory.
     """
     frozen = set() if save_frozen else {id(p) for p in model.parameters() if not p.requires_grad}
     state = {
@@ -35,6 +41,9 @@ def tree_of(model: nn.Module, optimizers: Sequence[Optimizer], *, save_frozen: b
         for name, value in _by_clean_name(model.state_dict(keep_vars=True)).items()
         if id(value) not in frozen
     }
+    extra = [name for name in state if name.rpartition(".")[2] == _EXTRA_STATE_KEY_SUFFIX]
+    if extra:
+        raise UnsupportedModel(f"{extra[0]}: a module's get_extra_state() is not saved; pass that module as `stateful`")
     nested: dict[str, Any] = {MODEL: state}
     if optimizers:
         nested[OPTIMIZER] = _optimizer_state(model, optimizers)
@@ -56,12 +65,21 @@ def tree_of(model: nn.Module, optimizers: Sequence[Optimizer], *, save_frozen: b
         else:
             first_key[id(value)] = key
             tensors[key] = value
+            _refuse_shared_elements(key, value)
             is_buffer = paths[key][0] == MODEL and id(value) not in parameters
             if is_buffer and not isinstance(value, DTensor):
                 rank_0_only.add(key)
     return StateTree(
         tensors=tensors, aliases=aliases, rank_0_only=frozenset(rank_0_only), objects=objects, paths=dict(paths)
     )
+
+
+def _refuse_shared_elements(key: str, tensor: torch.Tensor) -> None:
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    if any(step == 0 and size > 1 for size, step in zip(local.shape, local.stride(), strict=True)):
+        raise UnsupportedModel(
+            f"{key} is an expanded tensor, whose elements share memory and cannot be put back; clone it"
+        )
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
@@ -84,6 +102,10 @@ def _by_clean_name(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     names = parameter_names(model)
+    owners = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    shared = [names.get(owned, "a parameter") for owned, count in owners.items() if count > 1]
+    if shared:
+        raise UnsupportedModel(f"several optimizers (or groups) have {', '.join(shared[:5])}; each parameter needs one")
     state: dict[str, Any] = {}
     groups: list[dict[str, Any]] = []
     for optimizer in optimizers:
@@ -120,12 +142,22 @@ class WatchedOptimizers:
         members: _Members = []
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                tensors = [value for value in group.values() if isinstance(value, torch.Tensor)]
-                members.append((tuple(group), [*group["params"], *tensors]))
+                members.append((tuple(group), [*group["params"], *_tensors_in(group, leave_out="params")]))
             for parameter, state in optimizer.state.items():
-                tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
-                members.append((tuple(state), [parameter, *tensors]))
+                members.append((tuple(state), [parameter, *_tensors_in(state)]))
         return members
+
+
+def _tensors_in(values: Mapping[Any, Any], *, leave_out: str | None = None) -> list[torch.Tensor]:
+    """The tensors among `values` and in what is nested there."""
+    found: list[torch.Tensor] = []
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (Mapping, list)) and name != leave_out:
+            inner = value if isinstance(value, Mapping) else dict(enumerate(value))
+            found += _tensors_in(inner)
+    return found
 
 
 def _identities(
@@ -135,14 +167,28 @@ def _identities(
 
 
 def objects_now(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, object]:
-    """The values now of what is no tensor in the optimizers: of a tree made from the same objects, its `objects`."""
+    """The values now of what is no tensor in the optimizers: of a tree made from the same objects, its `objects`.
+
+    NumPy's numbers become Python's. Raises OptionError for a value that could not be read back without executing code.
+    """
     if not optimizers:
         return {}
     state = _optimizer_state(model, optimizers)
-    of_parameters = {
-        name: {k: v for k, v in of_one.items() if not isinstance(v, torch.Tensor)}
-        for name, of_one in state["state"].items()
-    }
+    of_parameters = {name: _without_tensors(of_one) for name, of_one in state["state"].items()}
     plain = {"state": {n: v for n, v in of_parameters.items() if v}, "param_groups": state["param_groups"]}
     flat, _ = flatten_state_dict({OPTIMIZER: plain})
-    return {key: value for key, value in flat.items() if not isinstance(value, torch.Tensor)}
+    return {key: _plain(key, value) for key, value in flat.items() if not isinstance(value, torch.Tensor)}
+
+
+def _without_tensors(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a parameter's state is no tensor; what is nested stays whole, for its places count."""
+    return {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
+
+
+def _plain(key: str, value: object) -> object:
+    if isinstance(value, np.generic):
+        return value.item()
+    parts = value if isinstance(value, list | tuple) and type(value) in (list, tuple) else (value,)
+    if not all(type(part) in _PLAIN for part in parts):
+        refuse_unsafe(f"{key} of the optimizer", value)
+    return value

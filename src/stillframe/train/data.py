@@ -62,6 +62,9 @@ class PackedBatches:
     `consumed_sequences` is the position: how many sequences of the stream all ranks together have taken.
     """
 
+    state_is_global = True
+    """It counts the sequences of all ranks together, so any number of ranks can go on from it."""
+
     def __init__(
         self,
         corpus: Corpus,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stillframe.errors import ModelMismatch, OptionError
-from stillframe.state.objects import check_stateful, choose_states, render_rank_state
+from stillframe.state.objects import check_stateful, choose_states, is_of_one_rank, render_rank_state
 
 
 class Meter:
@@ -52,12 +52,12 @@ def saved(*states: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_the_same_number_of_ranks_get_their_own() -> None:
     of_ranks = saved({"a": 1, "b": 5}, {"a": 2, "b": 5})
-    assert choose_states(of_ranks, rank=1, world_size=2, names=["a", "b"], reset=()) == ({"a": 2, "b": 5}, ())
+    assert choose_states(of_ranks, rank=1, world_size=2, names=["a", "b"], own=(), reset=()) == ({"a": 2, "b": 5}, ())
 
 
 @pytest.mark.parametrize("same", [torch.arange(3), [1, {"x": (2, torch.ones(1))}], None, 1.5])
 def test_what_was_equal_everywhere_is_everybodys(same: Any) -> None:
-    chosen, left = choose_states(saved({"a": same}, {"a": same}), rank=2, world_size=3, names=["a"], reset=())
+    chosen, left = choose_states(saved({"a": same}, {"a": same}), rank=2, world_size=3, names=["a"], own=(), reset=())
     assert chosen["a"] is same
     assert left == ()
 
@@ -68,10 +68,27 @@ def test_what_was_equal_everywhere_is_everybodys(same: Any) -> None:
 def test_what_differed_is_refused_or_left(one: Any, other: Any) -> None:
     of_ranks = saved({"a": one, "b": 0}, {"a": other, "b": 0})
     with pytest.raises(ModelMismatch, match=r"saved by 2 ranks and is loaded by 1; of a each .* reset=\('a',\)"):
-        choose_states(of_ranks, rank=0, world_size=1, names=["a", "b"], reset=())
-    assert choose_states(of_ranks, rank=0, world_size=1, names=["a", "b"], reset=["a"]) == ({"b": 0}, ("a",))
+        choose_states(of_ranks, rank=0, world_size=1, names=["a", "b"], own=(), reset=())
+    assert choose_states(of_ranks, rank=0, world_size=1, names=["a", "b"], own=(), reset=["a"]) == ({"b": 0}, ("a",))
 
 
 def test_what_only_some_ranks_have_is_not_everybodys() -> None:
     with pytest.raises(ModelMismatch, match="of a each rank"):
-        choose_states(saved({"a": 1}, {}), rank=0, world_size=1, names=["a"], reset=())
+        choose_states(saved({"a": 1}, {}), rank=0, world_size=1, names=["a"], own=(), reset=())
+
+
+def test_what_is_of_one_rank_is_not_everybodys_even_if_equal() -> None:
+    of_ranks = saved({"dataloader": 3, "b": 0}, {"dataloader": 3, "b": 0})
+    with pytest.raises(ModelMismatch, match="of dataloader each rank"):
+        choose_states(of_ranks, rank=0, world_size=4, names=["b", "dataloader"], own=["dataloader"], reset=())
+    names = ["b", "dataloader", "missing"]
+    chosen = choose_states(of_ranks, rank=0, world_size=4, names=names, own=names[1:], reset=names[:2])
+    assert chosen == ({}, ("b", "dataloader"))  # what is named is left, equal or not
+
+
+def test_a_dataloader_may_count_for_all_ranks() -> None:
+    loader = Meter(1)
+    assert is_of_one_rank("dataloader", loader)
+    assert not is_of_one_rank("scheduler", loader)
+    loader.state_is_global = True  # type: ignore[attr-defined]
+    assert not is_of_one_rank("dataloader", loader)

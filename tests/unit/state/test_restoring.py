@@ -40,9 +40,13 @@ def load(tree: StateTree, model: nn.Module, *optimizers: torch.optim.Optimizer, 
 
 
 def stepped(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    model(torch.ones(2, 3)).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = (model(torch.ones(2, 3)) - torch.arange(4)).square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
     return optimizer
 
 
@@ -52,6 +56,7 @@ OPTIMIZERS = {
     "plain sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "tensor lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.1)),
     "rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.01, history_size=3),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
 }
 
@@ -112,6 +117,25 @@ def test_other_groups_are_refused_and_nothing_changes(groups: object, match: str
         into.put_in_place(tree.objects, arguments=True)
     assert not optimizer.state
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_another_kind_of_optimizer_is_refused_before_anything_changes() -> None:
+    model = nn.Linear(3, 4)
+    tree = tree_of(model, (stepped(torch.optim.AdamW(model.parameters(), lr=0.1), model),), save_frozen=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    into = OptimizerLoad(model, (optimizer,), described(tree), tree.paths)
+    with pytest.raises(ModelMismatch, match=r"another kind of optimizer than SGD: .* have amsgrad, betas, .*, and"):
+        into.refuse_other_groups(tree.objects, arguments=True)
+    into.refuse_other_groups(tree.objects, arguments=False)
+
+
+def test_state_that_was_not_there_yet_is_gone_again() -> None:
+    model = nn.Linear(3, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    tree = tree_of(model, (optimizer,), save_frozen=True)
+    stepped(optimizer, model)
+    load(tree, model, optimizer)
+    assert not optimizer.state
 
 
 def differences(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from transformers import PreTrainedModel
 
-from stillframe.errors import UnsupportedModel
+from stillframe.errors import OptionError, UnsupportedModel
 from stillframe.state.tensors import WatchedOptimizers, objects_now, tree_of
 from stillframe.testing.models import tiny_batch, tiny_qwen3, tiny_qwen3_vl_moe
 
@@ -103,3 +105,42 @@ def test_what_watches_optimizers_sees_new_tensors_and_not_new_values() -> None:
     watched = WatchedOptimizers((optimizer,))
     optimizer.param_groups[1]["params"].append(nn.Parameter(torch.zeros(1)))
     assert not watched.unchanged()
+
+
+def test_nested_state_is_watched_too() -> None:
+    model = nn.Linear(3, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.bias] = {"inner": {"m": torch.zeros(4)}, "history": [torch.zeros(4)], "count": 1}
+    watched = WatchedOptimizers((optimizer,))
+    optimizer.state[model.bias]["count"] = 2
+    assert watched.unchanged()
+    assert objects_now(model, (optimizer,))["optimizer.state.bias.count"] == 2
+    optimizer.state[model.bias]["inner"]["m"] = torch.ones(4)
+    assert not watched.unchanged()
+    watched = WatchedOptimizers((optimizer,))
+    optimizer.state[model.bias]["history"].append(torch.ones(4))
+    assert not watched.unchanged()
+
+
+class Strange(nn.Module):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"scale": 1}
+
+
+def test_what_could_not_be_put_back_is_refused_by_name() -> None:
+    model = nn.Linear(3, 4)
+    model.register_buffer("wide", torch.zeros(1).expand(5))
+    with pytest.raises(UnsupportedModel, match=r"model\.wide is an expanded tensor"):
+        tree_of(model, (), save_frozen=True)
+    with pytest.raises(UnsupportedModel, match=r"0\._extra_state: a module's get_extra_state"):
+        tree_of(nn.Sequential(Strange()), (), save_frozen=True)
+    model = nn.Linear(3, 4)
+    both = [torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.AdamW(model.parameters())]
+    with pytest.raises(UnsupportedModel, match=r"several optimizers .* have weight, bias; each parameter needs one"):
+        tree_of(model, both, save_frozen=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=np.float64(0.5))
+    optimizer.param_groups[0]["where"] = Path("x")
+    with pytest.raises(OptionError, match=r"optimizer\.param_groups\.0\.where of the optimizer holds more than"):
+        objects_now(model, (optimizer,))
+    del optimizer.param_groups[0]["where"]
+    assert type(objects_now(model, (optimizer,))["optimizer.param_groups.0.lr"]) is float
