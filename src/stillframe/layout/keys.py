@@ -1,10 +1,10 @@
 """Runtime tensors <-> Hugging Face keys, found by running Transformers' own conversions on shapes alone.
 
 There is no table of models here. `save_keys` runs the very function that `save_pretrained` uses
-(`revert_weight_conversion`) on meta tensors, watching which views, concatenations and stacks it makes; the result says
-for every key of the checkpoint which runs of which runtime tensors it consists of. What is neither a rename nor a slice
-nor a concatenation is recognised (its values would come from a storage that no tensor of the model owns) and refused by
-name.
+(`revert_weight_conversion`) on meta tensors, watching which views, copies, concatenations and stacks it makes; the
+result says for every key of the checkpoint which runs of which runtime tensors it consists of. What is neither a rename
+nor a slice nor a concatenation is recognised (its values would come from a storage that no tensor of the model owns) and
+refused by name.
 
 Source: transformers `core_model_loading.py` (`revert_weight_conversion`) and `modeling_utils.py` (`save_pretrained`).
 """
@@ -127,33 +127,26 @@ def save_keys(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> Ke
     Depends on names, shapes and dtypes only; no data is read. Raises UnsupportedModel, naming the keys, where
     a conversion is more than renames, slices and concatenations, or loses a part of a tensor.
     """
-    names = tuple(tensors)
-
-    def revert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        with unsharded_classes(model):
-            converted: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
-            return converted
-
     tracer = Tracer(_on_meta(tensors))
-    converted = tracer.run(revert)
-    # A second run, unwatched: `.contiguous()` then makes the storages that `save_pretrained` shards files by.
-    blocks = revert(_on_meta(tensors))
+    with unsharded_classes(model):
+        converted = tracer.run(lambda state: revert_weight_conversion(model, state))
     storages: dict[int, int] = {}
     keys = []
-    for name, tensor in converted.items():
-        storage = blocks[name].untyped_storage()
+    for (name, tensor), runs in zip(converted.items(), tracer.runs_of_each(converted), strict=True):
+        storage = tensor.untyped_storage()
+        block_bytes = storage.nbytes()
         keys.append(
             Key(
                 name=name,
                 dtype=tensor.dtype,
                 shape=tuple(tensor.shape),
-                runs=tracer.runs_of(name, tensor),
-                block=storages.setdefault(storage._cdata, len(storages)) if storage.nbytes() else -1,
-                block_bytes=storage.nbytes(),
+                runs=runs,
+                block=storages.setdefault(storage._cdata, len(storages)) if block_bytes else -1,
+                block_bytes=block_bytes,
             )
         )
     _refuse_losses(model, tensors, keys)
-    return KeyMap(sources=names, keys=tuple(keys))
+    return KeyMap(sources=tuple(tensors), keys=tuple(keys))
 
 
 def _refuse_losses(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], keys: Sequence[Key]) -> None:
@@ -240,10 +233,12 @@ class Tracer(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.contiguous:
-            return args[0]  # the order of elements is what counts here, not where they would be copied to
         result = func(*args, **kwargs)
-        if func in (torch.cat, torch.concat, torch.stack):
+        if func is torch.Tensor.contiguous:
+            if _storage_id(result) != _storage_id(args[0]):  # a copy, in a storage of its own: a concatenation of one tensor
+                self._joins[_storage_id(result)] = (result, (args[0],), 0)
+                self._alive.extend([result, args[0]])
+        elif func in (torch.cat, torch.concat, torch.stack):
             tensors: Sequence[torch.Tensor] = args[0] if args else kwargs["tensors"]
             dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
             if func is torch.stack:
@@ -252,6 +247,23 @@ class Tracer(TorchFunctionMode):
             self._joins[_storage_id(result)] = (result, tuple(tensors), dim % result.dim())
             self._alive.extend([result, *tensors])
         return result
+
+    def runs_of_each(self, outputs: Mapping[str, torch.Tensor]) -> list[Runs]:
+        """`runs_of` for many outputs. The common ones, one run each, share four columns: an array has its price."""
+        row_major = {
+            storage: (index, source.dtype, int(source.storage_offset()))
+            for (storage, index), source in zip(self._sources.items(), self._inputs.values(), strict=True)
+            if source.is_contiguous()
+        }
+        rows: list[tuple[int, int, int, int]] = []
+        is_one_run: list[bool] = []
+        for tensor in outputs.values():
+            index, dtype, begin = row_major.get(_storage_id(tensor), (-1, None, 0))
+            is_one_run.append(tensor.dtype == dtype and tensor.is_contiguous() and tensor.numel() > 0)
+            if is_one_run[-1]:
+                rows.append((0, index, tensor.storage_offset() - begin, tensor.numel()))
+        ones = iter(Runs.of(rows).singly())
+        return [next(ones) if one else self.runs_of(n, t) for (n, t), one in zip(outputs.items(), is_one_run, strict=True)]
 
     def runs_of(self, name: str, tensor: torch.Tensor) -> Runs:
         """The runs of output `tensor` over the inputs, in row-major order. Raises UnsupportedModel, naming it."""
@@ -285,12 +297,12 @@ class Tracer(TorchFunctionMode):
         return strided(offset, shape, stride, index)
 
     def _join_table(self, name: str, storage: int) -> Runs:
-        """The runs of the whole result of a concatenation, which is contiguous, over the inputs."""
+        """The runs of the whole result of a concatenation or copy, which is contiguous, over the inputs."""
         if storage not in self._tables:
             result, tensors, dim = self._joins[storage]
             if result._version or not result.is_contiguous() or any(t.dtype != result.dtype for t in tensors):
                 raise UnsupportedModel(
-                    f"{name} is a concatenation that is then changed in place, or is not in row-major order, or "
+                    f"{name} is a concatenation or copy that is then changed in place, or is not in row-major order, or "
                     "changes dtypes; stillframe does not support such a model yet"
                 )
             tensors = tuple(t for t in tensors if t.numel())  # torch.cat takes an empty tensor of any shape

@@ -33,6 +33,11 @@ class Runs:
     def __len__(self) -> int:
         return len(self.start)
 
+    def singly(self) -> list[Runs]:
+        """Every run as `Runs` of its own, over the same memory."""
+        columns = [np.ascontiguousarray(c) for c in (self.start, self.source, self.source_start, self.length)]
+        return [Runs(*(column[i : i + 1] for column in columns)) for i in range(len(self))]
+
     def covers(self, size: int) -> bool:
         """Whether the runs, in order, tile `[0, size)`: no gap, no overlap."""
         ends = np.cumsum(self.length)

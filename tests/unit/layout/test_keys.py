@@ -142,7 +142,7 @@ def join_then_scale(tensor: torch.Tensor) -> torch.Tensor:
         (lambda t: t * 2, r"model\.layers\.0\.mlp\.w is not made of renames, slices and concatenations"),
         (lambda t: t.mul_(2), r"changes tensors in place: model\.layers\.0\.mlp\.down_proj\.weight"),
         (lambda t: t[:4].add_(1), r"changes tensors in place: model\.layers\.0\.mlp\.down_proj\.weight"),
-        (join_then_scale, r"model\.layers\.0\.mlp\.w is a concatenation that is then changed in place"),
+        (join_then_scale, r"model\.layers\.0\.mlp\.w is a concatenation or copy that is then changed in place"),
         (lambda t: torch.cat([t, t.to(torch.float64)]), r"model\.layers\.0\.mlp\.w is a concatenation .* dtypes"),
         (
             lambda t: t.view(torch.int32),
