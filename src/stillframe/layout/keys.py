@@ -215,9 +215,11 @@ class Tracer(TorchFunctionMode):
         self._inputs = inputs
         self._names = list(inputs)
         # Storages are identified by address; keeping the tensors alive keeps the addresses unique.
-        self._alive: list[torch.Tensor] = list(inputs.values())
+        self._alive: list[torch.Tensor] = []
         self._sources = {_storage_id(tensor): index for index, tensor in enumerate(inputs.values())}
-        self._joins: dict[int, tuple[torch.Tensor, tuple[torch.Tensor, ...], int]] = {}
+        self._joins: dict[int, tuple[tuple[torch.Tensor, ...], int]] = {}
+        # What is known to be in a storage: an input, or the result of a join.
+        self._origins = {_storage_id(tensor): tensor for tensor in inputs.values()}
         self._tables: dict[int, Runs] = {}
 
     def run(self, convert: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -235,46 +237,52 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func is torch.Tensor.contiguous:
-            if _storage_id(result) != _storage_id(args[0]):  # a copy, in a storage of its own: a concatenation of one tensor
-                self._joins[_storage_id(result)] = (result, (args[0],), 0)
-                self._alive.extend([result, args[0]])
+            if _storage_id(result) != _storage_id(args[0]):  # a copy: a concatenation of one tensor
+                self._record_join(result, args[:1], 0)
         elif func in (torch.cat, torch.concat, torch.stack):
             tensors: Sequence[torch.Tensor] = args[0] if args else kwargs["tensors"]
             dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
             if func is torch.stack:
                 dim %= result.dim()
                 tensors = [t.unsqueeze(dim) for t in tensors]
-            self._joins[_storage_id(result)] = (result, tuple(tensors), dim % result.dim())
-            self._alive.extend([result, *tensors])
+            self._record_join(result, tensors, dim % result.dim())
         return result
 
+    def _record_join(self, result: torch.Tensor, tensors: Sequence[torch.Tensor], dim: int) -> None:
+        storage = _storage_id(result)
+        self._joins[storage] = (tuple(tensors), dim)
+        self._origins[storage] = result
+        self._alive.extend(tensors)
+
     def runs_of_each(self, outputs: Mapping[str, torch.Tensor]) -> list[Runs]:
-        """`runs_of` for many outputs. The common ones, one run each, share four columns: an array has its price."""
-        row_major = {
-            storage: (index, source.dtype, int(source.storage_offset()))
-            for (storage, index), source in zip(self._sources.items(), self._inputs.values(), strict=True)
-            if source.is_contiguous()
-        }
-        rows: list[tuple[int, int, int, int]] = []
-        is_one_run: list[bool] = []
-        for tensor in outputs.values():
-            index, dtype, begin = row_major.get(_storage_id(tensor), (-1, None, 0))
-            is_one_run.append(tensor.dtype == dtype and tensor.is_contiguous() and tensor.numel() > 0)
-            if is_one_run[-1]:
-                rows.append((0, index, tensor.storage_offset() - begin, tensor.numel()))
-        ones = iter(Runs.of(rows).singly())
-        return [next(ones) if one else self.runs_of(n, t) for (n, t), one in zip(outputs.items(), is_one_run, strict=True)]
+        """`runs_of` for many outputs. Those in row-major order, so nearly all, are worked out together by storage."""
+        runs: dict[str, Runs] = {}
+        together: dict[int, list[tuple[str, int, int]]] = defaultdict(list)
+        for name, tensor in outputs.items():
+            storage = _storage_id(tensor)
+            origin = self._origins.get(storage)
+            if origin is not None and tensor.dtype == origin.dtype and tensor.numel():
+                if origin.is_contiguous() and tensor.is_contiguous():
+                    begin = tensor.storage_offset() - origin.storage_offset()
+                    together[storage].append((name, begin, tensor.numel()))
+                    continue
+            runs[name] = self.runs_of(name, tensor)
+        for storage, views in together.items():
+            found = Runs.of([(0, self._sources.get(storage, 0), begin, size) for _, begin, size in views])
+            if storage in self._joins:
+                found = compose(found, self._join_table(views[0][0], storage))
+            runs.update(zip([name for name, _, _ in views], found.split(), strict=True))
+        return [runs[name] for name in outputs]
 
     def runs_of(self, name: str, tensor: torch.Tensor) -> Runs:
         """The runs of output `tensor` over the inputs, in row-major order. Raises UnsupportedModel, naming it."""
         storage = _storage_id(tensor)
+        origin = self._origins.get(storage, tensor)
+        if tensor.dtype != origin.dtype:
+            what = self._names[self._sources[storage]] if storage in self._sources else "a concatenation"
+            raise UnsupportedModel(f"{name} takes the bytes of {what}, {origin.dtype}, as {tensor.dtype}")
         if storage in self._sources:
-            index = self._sources[storage]
-            source = self._inputs[self._names[index]]
-            if tensor.dtype != source.dtype:
-                raise UnsupportedModel(
-                    f"{name} takes the bytes of {self._names[index]}, {source.dtype}, as {tensor.dtype}"
-                )
+            index, source = self._sources[storage], origin
             shape, stride = tuple(tensor.shape), tuple(tensor.stride())
             if (shape, stride) == (tuple(source.shape), tuple(source.stride())):
                 return strided(0, shape, _row_major(shape), index)
@@ -299,7 +307,7 @@ class Tracer(TorchFunctionMode):
     def _join_table(self, name: str, storage: int) -> Runs:
         """The runs of the whole result of a concatenation or copy, which is contiguous, over the inputs."""
         if storage not in self._tables:
-            result, tensors, dim = self._joins[storage]
+            result, (tensors, dim) = self._origins[storage], self._joins[storage]
             if result._version or not result.is_contiguous() or any(t.dtype != result.dtype for t in tensors):
                 raise UnsupportedModel(
                     f"{name} is a concatenation or copy that is then changed in place, or is not in row-major order, or "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +34,11 @@ class Runs:
     def __len__(self) -> int:
         return len(self.start)
 
-    def singly(self) -> list[Runs]:
-        """Every run as `Runs` of its own, over the same memory."""
-        columns = [np.ascontiguousarray(c) for c in (self.start, self.source, self.source_start, self.length)]
-        return [Runs(*(column[i : i + 1] for column in columns)) for i in range(len(self))]
+    def split(self) -> list[Runs]:
+        """Cut before each run that starts at 0: what several arrays consist of, one after the other."""
+        borders = [*np.flatnonzero(self.start == 0).tolist(), len(self)]
+        columns = (self.start, self.source, self.source_start, self.length)
+        return [Runs(*(column[low:high] for column in columns)) for low, high in pairwise(borders)]
 
     def covers(self, size: int) -> bool:
         """Whether the runs, in order, tile `[0, size)`: no gap, no overlap."""

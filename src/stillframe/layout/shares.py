@@ -82,9 +82,10 @@ def rank_share(
 
     Envelopes go round robin over the ranks. Raises CoverageError if items do not tile their files.
     """
-    prove_coverage(layout, items)
-    element_bytes = np.array([item.element_bytes for item in items], dtype=np.int64)
-    held = _held(items, sources, holdings)
+    wanted = _runs_of(items)
+    prove_coverage(layout, items, wanted)
+    element_bytes = _column(items, "element_bytes")
+    held = _held(wanted, element_bytes, [holdings[name] for name in sources])
     mine = [_envelopes(items, rank, layout.world_size)]
     for replicas, pieces in held.items():
         pieces = pieces.in_file_order()
@@ -126,23 +127,45 @@ def rank_share(
     return RankShare(plan=plan, copies=tuple(copies), envelopes=tuple(envelopes))
 
 
-def prove_coverage(layout: Layout, items: Sequence[PlacedItem]) -> None:
-    """Raise CoverageError unless the items tile every file from its first byte to its last."""
+def _column(items: Sequence[PlacedItem], name: str) -> Ints:
+    return np.array([getattr(item, name) for item in items], dtype=np.int64)
+
+
+def _runs_of(items: Sequence[PlacedItem]) -> _Pieces:
+    """The runs of all items, in order. Their `length` is in elements, and `element` counts in the whole tensor."""
+    runs = [(i, item.runs) for i, item in enumerate(items) if item.runs is not None]
+    item = np.repeat(np.array([i for i, _ in runs], np.int64), np.array([len(r) for _, r in runs], np.int64))
+    none = np.zeros(0, dtype=np.int64)
+    start, source, element, length = (
+        np.concatenate([none, *(getattr(r, name) for _, r in runs)])
+        for name in ("start", "source", "source_start", "length")
+    )
+    file, begin, element_bytes = (_column(items, name)[item] for name in ("file", "file_offset", "element_bytes"))
+    return _Pieces(file, begin + start * element_bytes, length, item, source, element)
+
+
+def prove_coverage(layout: Layout, items: Sequence[PlacedItem], runs: _Pieces) -> None:
+    """Raise CoverageError unless the items tile every file from its first byte to its last, and `runs` the items."""
     ends = [0] * len(layout.files)
     for item in items:
-        file = layout.files[item.file]
         if item.file_offset != ends[item.file]:
-            raise CoverageError(f"{file.name}: bytes {ends[item.file]} to {item.file_offset} are covered wrongly")
+            name = layout.files[item.file].name
+            raise CoverageError(f"{name}: bytes {ends[item.file]} to {item.file_offset} are covered wrongly")
         ends[item.file] += item.length_bytes
-        if item.runs is None:
-            tiled = len(item.content) == item.length_bytes
-        else:
-            tiled = item.runs.covers(item.length_bytes // item.element_bytes)
-        if not tiled:
-            raise CoverageError(f"{file.name}: the item at offset {item.file_offset} is not covered by its parts")
     for file, end in zip(layout.files, ends, strict=True):
         if end != file.size_bytes:
             raise CoverageError(f"{file.name}: has {file.size_bytes} bytes, of which {end} are covered")
+    # Laid end to end, the runs of all items must begin where their item begins, plus what of it is before them.
+    length = runs.length * _column(items, "element_bytes")[runs.item]
+    laid = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(length)])
+    border = np.searchsorted(runs.item, np.arange(len(items) + 1))
+    first = laid[border[:-1]]
+    covered = laid[border[1:]] - first + np.array([len(item.content) for item in items], dtype=np.int64)
+    wrong = covered != _column(items, "length_bytes")
+    wrong[runs.item[runs.file_offset - _column(items, "file_offset")[runs.item] != laid[:-1] - first[runs.item]]] = True
+    for index in np.flatnonzero(wrong)[:1].tolist():
+        name, offset = layout.files[items[index].file].name, items[index].file_offset
+        raise CoverageError(f"{name}: the item at offset {offset} is not covered by its parts")
 
 
 def _envelopes(items: Sequence[PlacedItem], rank: int, world_size: int) -> _Pieces:
@@ -152,46 +175,32 @@ def _envelopes(items: Sequence[PlacedItem], rank: int, world_size: int) -> _Piec
     return _Pieces(*(table[:, c] for c in range(6)))
 
 
-def _held(
-    items: Sequence[PlacedItem], sources: Sequence[str], holdings: Mapping[str, Holding]
-) -> dict[tuple[int, ...], _Pieces]:
-    """The runs of all items that this rank holds, by the ranks that hold the same."""
-    columns: list[list[Ints]] = [[] for _ in range(6)]
-    for i, item in enumerate(items):
-        if item.runs is None or not len(item.runs):
-            continue
-        n, runs, size = len(item.runs), item.runs, item.element_bytes
-        of_item = (
-            np.full(n, item.file),
-            item.file_offset + runs.start * size,
-            runs.length,  # in elements until the holdings are known
-            np.full(n, i),
-            runs.source,
-            runs.source_start,
-        )
-        for column, values in zip(columns, of_item, strict=True):
-            column.append(values)
-    if not columns[0]:
-        return {}
-    pieces = _Pieces(*(np.concatenate(c) for c in columns))
-    element_bytes = np.array([item.element_bytes for item in items], dtype=np.int64)
-    pieces = pieces.take(np.argsort(pieces.source, kind="stable"))
-    borders = np.searchsorted(pieces.source, np.arange(len(sources) + 1))
-    held: dict[tuple[int, ...], list[_Pieces]] = defaultdict(list)
-    for s, name in enumerate(sources):
-        low, high = int(borders[s]), int(borders[s + 1])
-        holding = holdings[name]
-        if low == high or not len(holding.runs):
-            continue
-        wanted = pieces.take(np.arange(low, high))
-        runs = holding.runs
-        a, b, start, count = overlap(wanted.element, wanted.length, runs.start, runs.length)
-        part = wanted.take(a)
-        size_of = element_bytes[part.item]
-        file_offset = part.file_offset + (start - part.element) * size_of
-        local = runs.source_start[b] + (start - runs.start[b])
-        held[holding.replicas].append(_Pieces(part.file, file_offset, count * size_of, part.item, part.source, local))
-    return {replicas: _Pieces.concatenate(parts) for replicas, parts in held.items()}
+def _held(wanted: _Pieces, element_bytes: Ints, holdings: Sequence[Holding]) -> dict[tuple[int, ...], _Pieces]:
+    """What this rank holds of `wanted`, by the ranks that hold the same; `holdings` are those of the sources, in order.
+
+    All sources at once, as if they were one array after the other, each of the same size: one that is larger than any.
+    """
+    counts = np.array([len(holding.runs) for holding in holdings], dtype=np.int64)
+    none = np.zeros(0, dtype=np.int64)
+    start, local, length = (
+        np.concatenate([none, *(getattr(holding.runs, name) for holding in holdings)])
+        for name in ("start", "source_start", "length")
+    )
+    spacing = max((wanted.element + wanted.length).max(initial=0), (start + length).max(initial=0)) + 1
+    begin = start + np.repeat(np.arange(len(holdings), dtype=np.int64), counts) * spacing
+    place = wanted.element + wanted.source * spacing
+    a, b, found, count = overlap(place, wanted.length, begin, length)
+    part = wanted.take(a)
+    unit = element_bytes[part.item]
+    file_offset = part.file_offset + (found - place[a]) * unit
+    pieces = _Pieces(part.file, file_offset, count * unit, part.item, part.source, local[b] + (found - begin[b]))
+    # A group of replicas may have as many members as the job has ranks: each tuple is hashed once, not once per source.
+    by_id = {id(holding.replicas): holding.replicas for holding in holdings}
+    groups = {replicas: number for number, replicas in enumerate(dict.fromkeys(by_id.values()))}
+    number_of = {key: groups[replicas] for key, replicas in by_id.items()}
+    numbers = np.array([number_of[id(holding.replicas)] for holding in holdings], dtype=np.int64)
+    group = np.repeat(numbers, counts)[b]
+    return {replicas: pieces.take(np.flatnonzero(group == number)) for replicas, number in groups.items()}
 
 
 def _arena_offsets(pieces: _Pieces) -> tuple[Ints, int]:
