@@ -7,38 +7,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import _clear_fast_path_sharding_prop_cache, _clear_sharding_prop_cache
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from stillframe.errors import UnsupportedPlacement
 from stillframe.layout.placement import Holding, Holdings
+from tests.playing import playing
 
 MESHES = [(1,), (2,), (3,), (4,), (2, 2), (3, 2), (2, 3), (1, 4), (2, 1, 3), (2, 2, 2)]
-
-
-@contextmanager
-def playing(rank: int, world_size: int) -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        # The caches of DTensor's operations hold meshes that know which rank they are on.
-        _clear_sharding_prop_cache()
-        _clear_fast_path_sharding_prop_cache()
 
 
 def distributed(shape: Sequence[int], mesh_shape: tuple[int, ...], placements: Sequence[Placement]) -> DTensor:

@@ -58,13 +58,17 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors refuses to read a longer one
 class HuggingFacePlan:
     """A layout, this rank's share of it, and the model's own tensors that the snapshot copies from, by name.
 
-    `config_dtype` is the model's dtype in the files, as config.json says it.
+    `config_dtype` is the model's dtype in the files, as config.json says it. `items`, `sources` and `holdings` are what
+    the share was made of, for a save that shares it out otherwise (`together`).
     """
 
     layout: Layout
     share: RankShare
     tensors: Mapping[str, torch.Tensor]
     config_dtype: torch.dtype
+    items: Sequence[PlacedItem]
+    sources: Sequence[str]
+    holdings: Mapping[str, Holding]
 
 
 def plan_huggingface(
@@ -91,8 +95,8 @@ def plan_huggingface(
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """No garbage collection meanwhile. A plan is many small objects that all stay, none of them in a cycle: their number
-    sets off collections, which walk through all objects of the process, to find nothing."""
+    """No garbage collection meanwhile. A plan is many small objects that stay, none of them in a cycle: they set off
+    collections, which walk through all objects of the process and find nothing."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -122,7 +126,15 @@ def _plan(
     )
     share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
     config_dtype = model.dtype if cast is None else saved_dtype(model, tensors, key_map)
-    return HuggingFacePlan(layout=layout, share=share, tensors=tensors, config_dtype=config_dtype)
+    return HuggingFacePlan(
+        layout=layout,
+        share=share,
+        tensors=tensors,
+        config_dtype=config_dtype,
+        items=items,
+        sources=key_map.sources,
+        holdings=holdings,
+    )
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -265,12 +277,20 @@ def _utf8(name: str) -> bytes:
 
 
 def _index(weight_map: Mapping[str, str], **metadata: int) -> str:
-    """The index as `json.dumps(..., indent=2, sort_keys=True)` makes it, and a newline; json itself is slow to indent."""
-    parts = [
-        '  "%s": {\n    %s\n  }' % (name, json.dumps(part, sort_keys=True, separators=(",\n    ", ": "))[1:-1])
-        for name, part in (("metadata", metadata), ("weight_map", weight_map))
-    ]
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+    """The index as `json.dumps(..., indent=2, sort_keys=True)` makes it, and a newline; json is slow to indent."""
+
+    def indented(part: Mapping[str, object]) -> str:
+        return json.dumps(part, sort_keys=True, separators=(",\n    ", ": "))[1:-1]
+
+    return f"""{{
+  "metadata": {{
+    {indented(metadata)}
+  }},
+  "weight_map": {{
+    {indented(weight_map)}
+  }}
+}}
+"""
 
 
 def _header(file_name: str, ordered: Sequence[Key], lengths: Sequence[int]) -> bytes:

@@ -2,9 +2,9 @@
 
 There is no table of models here. `save_keys` runs the very function that `save_pretrained` uses
 (`revert_weight_conversion`) on meta tensors, watching which views, copies, concatenations and stacks it makes; the
-result says for every key of the checkpoint which runs of which runtime tensors it consists of. What is neither a rename
-nor a slice nor a concatenation is recognised (its values would come from a storage that no tensor of the model owns) and
-refused by name.
+result says for every key of the checkpoint which runs of which runtime tensors it consists of. What is neither a
+rename nor a slice nor a concatenation is recognised (its values would come from a storage that no tensor of the model
+owns) and refused by name.
 
 Source: transformers `core_model_loading.py` (`revert_weight_conversion`) and `modeling_utils.py` (`save_pretrained`).
 """
@@ -261,12 +261,15 @@ class Tracer(TorchFunctionMode):
         for name, tensor in outputs.items():
             storage = _storage_id(tensor)
             origin = self._origins.get(storage)
-            if origin is not None and tensor.dtype == origin.dtype and tensor.numel():
-                if origin.is_contiguous() and tensor.is_contiguous():
-                    begin = tensor.storage_offset() - origin.storage_offset()
-                    together[storage].append((name, begin, tensor.numel()))
-                    continue
-            runs[name] = self.runs_of(name, tensor)
+            if (
+                origin is None
+                or not (tensor.dtype == origin.dtype and tensor.numel())
+                or not (tensor.is_contiguous() and origin.is_contiguous())
+            ):
+                runs[name] = self.runs_of(name, tensor)
+            else:
+                begin = int(tensor.storage_offset() - origin.storage_offset())
+                together[storage].append((name, begin, tensor.numel()))
         for storage, views in together.items():
             found = Runs.of([(0, self._sources.get(storage, 0), begin, size) for _, begin, size in views])
             if storage in self._joins:
@@ -310,8 +313,8 @@ class Tracer(TorchFunctionMode):
             result, (tensors, dim) = self._origins[storage], self._joins[storage]
             if result._version or not result.is_contiguous() or any(t.dtype != result.dtype for t in tensors):
                 raise UnsupportedModel(
-                    f"{name} is a concatenation or copy that is then changed in place, or is not in row-major order, or "
-                    "changes dtypes; stillframe does not support such a model yet"
+                    f"{name} is a concatenation or copy that is then changed in place, or is not in row-major order, "
+                    "or changes dtypes; stillframe does not support such a model yet"
                 )
             tensors = tuple(t for t in tensors if t.numel())  # torch.cat takes an empty tensor of any shape
             rows = [math.prod(t.shape[dim:]) for t in tensors]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from stillframe.errors import CoverageError
 from stillframe.layout.balance import fair_part
 from stillframe.layout.placement import Holding
 from stillframe.layout.runs import Ints, Runs, overlap
-from stillframe.records import Copy, Envelope, Extent, FileShare, Layout, RankShare, WritePlan
+from stillframe.records import Copy, Envelope, Extent, FileLayout, FileShare, Layout, RankShare, WritePlan
 
 _PAGE_BYTES = 4096
 _LINE_BYTES = 64
@@ -42,10 +42,10 @@ class PlacedItem:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pieces:
+class Pieces:
     """Columns of runs: where in which file, how many bytes, of which item, from which element of which source.
 
-    Source -1 is the item's own content.
+    Source -1 is the item's own content. Elements are counted in this rank's local part of the source.
     """
 
     file: Ints
@@ -55,18 +55,18 @@ class _Pieces:
     source: Ints
     element: Ints
 
-    def take(self, index: Ints) -> _Pieces:
-        return _Pieces(*(column[index] for column in self.columns()))
+    def take(self, index: Ints) -> Pieces:
+        return Pieces(*(column[index] for column in self.columns()))
 
     def columns(self) -> tuple[Ints, ...]:
         return (self.file, self.file_offset, self.length, self.item, self.source, self.element)
 
-    def in_file_order(self) -> _Pieces:
+    def in_file_order(self) -> Pieces:
         return self.take(np.lexsort((self.file_offset, self.file)))
 
     @staticmethod
-    def concatenate(parts: Sequence[_Pieces]) -> _Pieces:
-        return _Pieces(*(np.concatenate(columns) for columns in zip(*(p.columns() for p in parts), strict=True)))
+    def concatenate(parts: Sequence[Pieces]) -> Pieces:
+        return Pieces(*(np.concatenate(columns) for columns in zip(*(p.columns() for p in parts), strict=True)))
 
 
 def rank_share(
@@ -82,11 +82,9 @@ def rank_share(
 
     Envelopes go round robin over the ranks. Raises CoverageError if items do not tile their files.
     """
-    wanted = _runs_of(items)
-    prove_coverage(layout, items, wanted)
     element_bytes = _column(items, "element_bytes")
-    held = _held(wanted, element_bytes, [holdings[name] for name in sources])
-    mine = [_envelopes(items, rank, layout.world_size)]
+    held = _held(_proven_runs(layout.files, items), element_bytes, [holdings[name] for name in sources])
+    mine = [_envelopes(items, [i for i, item in enumerate(items) if item.file % layout.world_size == rank])]
     for replicas, pieces in held.items():
         pieces = pieces.in_file_order()
         if len(replicas) > 1:
@@ -95,10 +93,44 @@ def rank_share(
             )
             part = pieces.take(index)
             skipped = skip // element_bytes[part.item]
-            pieces = _Pieces(part.file, part.file_offset + skip, length, part.item, part.source, part.element + skipped)
+            pieces = Pieces(part.file, part.file_offset + skip, length, part.item, part.source, part.element + skipped)
         mine.append(pieces)
-    pieces = _Pieces.concatenate(mine).in_file_order()
-    arena_offset, arena_bytes = _arena_offsets(pieces)
+    return _staged(layout, layout.files, Pieces.concatenate(mine), items, sources, rank=rank, plan_id=plan_id)
+
+
+def own_share(
+    layout: Layout,
+    files: Sequence[FileLayout],
+    items: Sequence[PlacedItem],
+    sources: Sequence[str],
+    *,
+    rank: int,
+    plan_id: int,
+) -> RankShare:
+    """The share of a rank that writes `files` of `layout` alone. `items` are those of `files`, in order, and their runs
+    point into this rank's local parts of `sources`.
+
+    Raises CoverageError if items do not tile their files.
+    """
+    runs = _proven_runs(files, items)
+    held = replace(runs, length=runs.length * _column(items, "element_bytes")[runs.item])
+    whole = Pieces.concatenate([_envelopes(items, range(len(items))), held])
+    return _staged(layout, files, whole, items, sources, rank=rank, plan_id=plan_id)
+
+
+def _staged(
+    layout: Layout,
+    files: Sequence[FileLayout],
+    pieces: Pieces,
+    items: Sequence[PlacedItem],
+    sources: Sequence[str],
+    *,
+    rank: int,
+    plan_id: int,
+) -> RankShare:
+    """`pieces` with their places in the arena: how it is filled, and what the writer makes of it."""
+    pieces = pieces.in_file_order()
+    arena_offset, arena_bytes = place_in_arena(pieces.file, pieces.file_offset, pieces.length)
     copies, envelopes = [], []
     for place, length, item, source, element in zip(
         *(c.tolist() for c in (arena_offset, pieces.length, pieces.item, pieces.source, pieces.element)),
@@ -122,7 +154,7 @@ def rank_share(
         world_size=layout.world_size,
         layout_digest=layout.digest,
         arena_bytes=arena_bytes,
-        files=_file_shares(layout, pieces, arena_offset),
+        files=_file_shares(files, pieces, arena_offset),
     )
     return RankShare(plan=plan, copies=tuple(copies), envelopes=tuple(envelopes))
 
@@ -131,61 +163,63 @@ def _column(items: Sequence[PlacedItem], name: str) -> Ints:
     return np.array([getattr(item, name) for item in items], dtype=np.int64)
 
 
-def _runs_of(items: Sequence[PlacedItem]) -> _Pieces:
+def _joined(runs: Sequence[Runs], name: str) -> Ints:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(getattr(r, name) for r in runs)])
+
+
+def _runs_of(items: Sequence[PlacedItem]) -> Pieces:
     """The runs of all items, in order. Their `length` is in elements, and `element` counts in the whole tensor."""
-    runs = [(i, item.runs) for i, item in enumerate(items) if item.runs is not None]
-    item = np.repeat(np.array([i for i, _ in runs], np.int64), np.array([len(r) for _, r in runs], np.int64))
-    none = np.zeros(0, dtype=np.int64)
-    start, source, element, length = (
-        np.concatenate([none, *(getattr(r, name) for _, r in runs)])
-        for name in ("start", "source", "source_start", "length")
-    )
-    file, begin, element_bytes = (_column(items, name)[item] for name in ("file", "file_offset", "element_bytes"))
-    return _Pieces(file, begin + start * element_bytes, length, item, source, element)
+    runs = [item.runs for item in items if item.runs is not None]
+    index = np.array([i for i, item in enumerate(items) if item.runs is not None], dtype=np.int64)
+    item = np.repeat(index, np.array([len(r) for r in runs], dtype=np.int64))
+    file, begin, unit = (_column(items, name)[item] for name in ("file", "file_offset", "element_bytes"))
+    start, source, element, length = (_joined(runs, name) for name in ("start", "source", "source_start", "length"))
+    return Pieces(file, begin + start * unit, length, item, source, element)
 
 
-def prove_coverage(layout: Layout, items: Sequence[PlacedItem], runs: _Pieces) -> None:
-    """Raise CoverageError unless the items tile every file from its first byte to its last, and `runs` the items."""
-    ends = [0] * len(layout.files)
+def _proven_runs(files: Sequence[FileLayout], items: Sequence[PlacedItem]) -> Pieces:
+    """`_runs_of` the items. Raises CoverageError unless the items tile every file from its first byte to its last, and
+    their runs or their content every item."""
+    runs = _runs_of(items)
+    ends = [0] * len(files)
     for item in items:
         if item.file_offset != ends[item.file]:
-            name = layout.files[item.file].name
+            name = files[item.file].name
             raise CoverageError(f"{name}: bytes {ends[item.file]} to {item.file_offset} are covered wrongly")
         ends[item.file] += item.length_bytes
-    for file, end in zip(layout.files, ends, strict=True):
+    for file, end in zip(files, ends, strict=True):
         if end != file.size_bytes:
             raise CoverageError(f"{file.name}: has {file.size_bytes} bytes, of which {end} are covered")
-    # Laid end to end, the runs of all items must begin where their item begins, plus what of it is before them.
-    length = runs.length * _column(items, "element_bytes")[runs.item]
-    laid = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(length)])
+    begin, size, unit = (_column(items, name) for name in ("file_offset", "length_bytes", "element_bytes"))
+    # Laid end to end, the runs of an item must each begin where those before it in the item end.
+    laid = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(runs.length * unit[runs.item])])
     border = np.searchsorted(runs.item, np.arange(len(items) + 1))
-    first = laid[border[:-1]]
-    covered = laid[border[1:]] - first + np.array([len(item.content) for item in items], dtype=np.int64)
-    wrong = covered != _column(items, "length_bytes")
-    wrong[runs.item[runs.file_offset - _column(items, "file_offset")[runs.item] != laid[:-1] - first[runs.item]]] = True
+    before = laid[border[:-1]]
+    wrong = laid[border[1:]] - before + np.array([len(item.content) for item in items], dtype=np.int64) != size
+    wrong[runs.item[runs.file_offset - begin[runs.item] != laid[:-1] - before[runs.item]]] = True
     for index in np.flatnonzero(wrong)[:1].tolist():
-        name, offset = layout.files[items[index].file].name, items[index].file_offset
+        name, offset = files[items[index].file].name, items[index].file_offset
         raise CoverageError(f"{name}: the item at offset {offset} is not covered by its parts")
+    return runs
 
 
-def _envelopes(items: Sequence[PlacedItem], rank: int, world_size: int) -> _Pieces:
-    index = [i for i, item in enumerate(items) if item.runs is None and item.file % world_size == rank]
-    rows = [(items[i].file, items[i].file_offset, items[i].length_bytes, i, -1, 0) for i in index]
+def _envelopes(items: Sequence[PlacedItem], index: Sequence[int]) -> Pieces:
+    """Those of the items of these numbers that are envelopes, each whole."""
+    rows = [
+        (items[i].file, items[i].file_offset, items[i].length_bytes, i, -1, 0) for i in index if items[i].runs is None
+    ]
     table = np.array(rows, dtype=np.int64).reshape(-1, 6)
-    return _Pieces(*(table[:, c] for c in range(6)))
+    return Pieces(*(table[:, c] for c in range(6)))
 
 
-def _held(wanted: _Pieces, element_bytes: Ints, holdings: Sequence[Holding]) -> dict[tuple[int, ...], _Pieces]:
+def _held(wanted: Pieces, element_bytes: Ints, holdings: Sequence[Holding]) -> dict[tuple[int, ...], Pieces]:
     """What this rank holds of `wanted`, by the ranks that hold the same; `holdings` are those of the sources, in order.
 
     All sources at once, as if they were one array after the other, each of the same size: one that is larger than any.
     """
-    counts = np.array([len(holding.runs) for holding in holdings], dtype=np.int64)
-    none = np.zeros(0, dtype=np.int64)
-    start, local, length = (
-        np.concatenate([none, *(getattr(holding.runs, name) for holding in holdings)])
-        for name in ("start", "source_start", "length")
-    )
+    runs = [holding.runs for holding in holdings]
+    counts = np.array([len(r) for r in runs], dtype=np.int64)
+    start, local, length = (_joined(runs, name) for name in ("start", "source_start", "length"))
     spacing = max((wanted.element + wanted.length).max(initial=0), (start + length).max(initial=0)) + 1
     begin = start + np.repeat(np.arange(len(holdings), dtype=np.int64), counts) * spacing
     place = wanted.element + wanted.source * spacing
@@ -193,7 +227,7 @@ def _held(wanted: _Pieces, element_bytes: Ints, holdings: Sequence[Holding]) -> 
     part = wanted.take(a)
     unit = element_bytes[part.item]
     file_offset = part.file_offset + (found - place[a]) * unit
-    pieces = _Pieces(part.file, file_offset, count * unit, part.item, part.source, local[b] + (found - begin[b]))
+    pieces = Pieces(part.file, file_offset, count * unit, part.item, part.source, local[b] + (found - begin[b]))
     # A group of replicas may have as many members as the job has ranks: each tuple is hashed once, not once per source.
     by_id = {id(holding.replicas): holding.replicas for holding in holdings}
     groups = {replicas: number for number, replicas in enumerate(dict.fromkeys(by_id.values()))}
@@ -203,31 +237,31 @@ def _held(wanted: _Pieces, element_bytes: Ints, holdings: Sequence[Holding]) -> 
     return {replicas: pieces.take(np.flatnonzero(group == number)) for replicas, number in groups.items()}
 
 
-def _arena_offsets(pieces: _Pieces) -> tuple[Ints, int]:
-    """Where each piece lies in the arena: neighbours in a file are neighbours in memory.
+def place_in_arena(file: Ints, file_offset: Ints, length: Ints, *, arena_bytes: int = 0) -> tuple[Ints, int]:
+    """Where in the arena pieces of files lie that are in file order, and how large it is with them: neighbours in a
+    file are neighbours in memory. What is there already has `arena_bytes`.
 
     A long run starts at the same offset within a page as it has in its file, which direct I/O needs; a short one
     at the same offset within a cache line, which keeps every element aligned.
     """
-    n = len(pieces.file)
+    n = len(file)
     if n == 0:
-        return np.zeros(0, dtype=np.int64), 0
-    ends = pieces.file_offset + pieces.length
-    continues = (pieces.file[1:] == pieces.file[:-1]) & (pieces.file_offset[1:] == ends[:-1])
+        return np.zeros(0, dtype=np.int64), arena_bytes
+    continues = (file[1:] == file[:-1]) & (file_offset[1:] == (file_offset + length)[:-1])
     heads = np.flatnonzero(np.concatenate(([True], ~continues)))
-    run_length = np.add.reduceat(pieces.length, heads)
-    position, starts = 0, []
-    for file_offset, length in zip(pieces.file_offset[heads].tolist(), run_length.tolist(), strict=True):
-        grain = _PAGE_BYTES if length >= _PAGE_ALIGN_FROM_BYTES else _LINE_BYTES
-        position += (file_offset - position) % grain
+    run_length = np.add.reduceat(length, heads)
+    position, starts = arena_bytes, []
+    for start, run_bytes in zip(file_offset[heads].tolist(), run_length.tolist(), strict=True):
+        grain = _PAGE_BYTES if run_bytes >= _PAGE_ALIGN_FROM_BYTES else _LINE_BYTES
+        position += (start - position) % grain
         starts.append(position)
-        position += length
+        position += run_bytes
     run_of = np.repeat(np.arange(len(heads)), np.diff(np.append(heads, n)))
-    into_run = pieces.file_offset - pieces.file_offset[heads][run_of]
+    into_run = file_offset - file_offset[heads][run_of]
     return np.array(starts, dtype=np.int64)[run_of] + into_run, position
 
 
-def _file_shares(layout: Layout, pieces: _Pieces, arena_offset: Ints) -> tuple[FileShare, ...]:
+def _file_shares(files: Sequence[FileLayout], pieces: Pieces, arena_offset: Ints) -> tuple[FileShare, ...]:
     """Pieces as extents: neighbours of one item become one extent, of different items stay apart (one CRC each)."""
     extents: dict[int, list[Extent]] = defaultdict(list)
     if len(pieces.file):
@@ -241,6 +275,6 @@ def _file_shares(layout: Layout, pieces: _Pieces, arena_offset: Ints) -> tuple[F
         ):
             extents[file].append(Extent(file_offset=file_offset, arena_offset=place, length_bytes=length))
     return tuple(
-        FileShare(name=layout.files[f].name, size_bytes=layout.files[f].size_bytes, extents=tuple(extents[f]))
+        FileShare(name=files[f].name, size_bytes=files[f].size_bytes, extents=tuple(extents[f]))
         for f in sorted(extents)
     )
