@@ -10,7 +10,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +19,34 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from stillframe import provenance
+from stillframe.catalog.history import History
 from stillframe.commit.failure import Failure
 from stillframe.commit.rendezvous import meet
 from stillframe.commit.vote import Ballot
-from stillframe.errors import CheckpointExists, ClosedError, OptionError, SaveFailed, StillframeError
+from stillframe.errors import (
+    CheckpointExists,
+    ClosedError,
+    OptionError,
+    RunDirectoryError,
+    SaveFailed,
+    StillframeError,
+)
 from stillframe.export import Export
+from stillframe.frames import Frames, What
 from stillframe.layout.casting import Cast
-from stillframe.layout.huggingface import unwrapped
-from stillframe.names import published_path
-from stillframe.options import CheckpointerOptions, run_directory
-from stillframe.records import InlineFile
+from stillframe.layout.huggingface import unwrapped, unwrapped_module
+from stillframe.names import CHECKPOINT_PART, EXPORT_PART, TOGETHER, published_path
+from stillframe.options import CheckpointerOptions, checked_metrics, run_directory
+from stillframe.policies import RetentionPolicy
+from stillframe.records import Recovered
+from stillframe.resumable import Resumable, encode_train_state
+from stillframe.resume import ResumeChoice, Resumed, branch_of, resume, set_aside
 from stillframe.save import SaveJob, run_save
-from stillframe.start import agree_to_start
+from stillframe.start import Started, agree_to_start
+from stillframe.state.objects import Stateful, check_stateful
 from stillframe.watch.monitor import Monitor
 from stillframe.watch.progress import SaveProgress, SaveReport, Tracker
 
@@ -43,30 +57,55 @@ _MAX_STEP = 10**18
 
 
 @dataclass(frozen=True, slots=True)
-class _InFlight:
-    thread: threading.Thread
-    future: Future[Path]
+class _Save:
+    """One directory to be: its job, and the futures that end with it, each with the path that it resolves to."""
+
+    job: SaveJob
     tracker: Tracker
+    futures: tuple[tuple[Future[Path], Path], ...]
+
+    @property
+    def is_over(self) -> bool:
+        return all(future.done() for future, _ in self.futures)
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """What one call saves: its directories, one after the other."""
+
+    thread: threading.Thread
+    saves: tuple[_Save, ...]
+
+    @property
+    def tracker(self) -> Tracker:
+        """That of the directory that is being made."""
+        return next((save.tracker for save in self.saves if not save.is_over), self.saves[-1].tracker)
 
 
 class Checkpointer:
-    """Saves a model, asynchronously and all or nothing, into `run_dir`.
+    """Saves a training run, asynchronously and all or nothing, into `run_dir`: exports and checkpoints to resume from.
 
     Every rank of the job makes one with the same arguments, after `fully_shard` or DDP (the constructor waits for all
     ranks), and then calls the same saves in the same order. No call communicates through a process group. Works without
     torch.distributed too. A context manager: leaving it closes.
 
     Args:
-        run_dir: where checkpoints appear; on a file system that all ranks share. Created if missing.
-        model: a transformers PreTrainedModel, plain, in DDP, or sharded with FSDP2. Tensors that are not DTensors count
-            as replicated: parameters must be equal on all ranks; of buffers, rank 0's are saved.
+        run_dir: where checkpoints appear; on a file system that all ranks share. Created if missing. What an earlier
+            run wrote whole but could not publish is published now, the rest of what it left is removed (`recovered`).
+        model: a transformers PreTrainedModel, plain, in DDP, or sharded with FSDP2; with `hf_export=False` any module.
+            Tensors that are not DTensors count as replicated: parameters must be equal on all ranks; of buffers, rank
+            0's are saved.
+        optimizer: what checkpoints hold besides the model; one or several. Made from the sharded model's parameters.
+        scheduler, dataloader: anything with `state_dict` and `load_state_dict`, such as torch's schedulers and
+            torchdata's StatefulDataLoader; saved for each rank. So is the random state of each rank, always.
+        stateful: further such objects, by name.
         tokenizer: saved into every export; rendered now, once. Anything with `save_pretrained(directory)`.
         processor: likewise, for multimodal models.
-        max_shard_size, save_dtype, keep_in_fp32, hf_max_keep, save_timeout_s, store_host: see
-            `stillframe.options.CheckpointerOptions`.
+        All others: see `stillframe.options.CheckpointerOptions`.
 
-    Blocks until the arena (this rank's share of the bytes) is allocated and the writer process runs. Raises, on every
-    rank alike: OptionError, RunDirectoryError, LayoutError, or SaveFailed if ranks disagree or do not show up.
+    Blocks until the arena (for an export: this rank's share of the model) is allocated and the writer process runs.
+    Raises, on every rank alike: OptionError, RunDirectoryError, LayoutError, or SaveFailed if ranks disagree or do not
+    show up.
     """
 
     def __init__(
@@ -74,38 +113,64 @@ class Checkpointer:
         run_dir: str | os.PathLike[str],
         *,
         model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        scheduler: Any = None,
+        dataloader: Any = None,
+        stateful: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
         processor: Any = None,
+        hf_export: bool = True,
         max_shard_size: int | str = "50GB",
         save_dtype: str | torch.dtype | None = None,
         keep_in_fp32: Sequence[str] = (),
+        save_frozen: bool = True,
+        publish_together: bool = False,
         hf_max_keep: int | None = None,
+        checkpoint_maxkeep: int | None = None,
+        keep_hf: RetentionPolicy | None = None,
+        keep_checkpoints: RetentionPolicy | None = None,
         save_timeout_s: float = 7200.0,
         store_host: str | None = None,
     ) -> None:
         self._options = CheckpointerOptions(
             run_dir=run_directory(run_dir),
+            hf_export=hf_export,
             max_shard_size=max_shard_size,
             save_dtype=None if save_dtype is None else str(save_dtype).removeprefix("torch."),
             keep_in_fp32=(keep_in_fp32,) if isinstance(keep_in_fp32, str) else tuple(keep_in_fp32),
+            save_frozen=save_frozen,
+            publish_together=publish_together,
             hf_max_keep=hf_max_keep,
+            checkpoint_maxkeep=checkpoint_maxkeep,
+            keep_hf=keep_hf,
+            keep_checkpoints=keep_checkpoints,
             save_timeout_s=save_timeout_s,
             store_host=store_host,
         )
+        optimizers = _optimizers(optimizer)
+        named = {"scheduler": scheduler, "dataloader": dataloader}
+        own = check_stateful({**{n: o for n, o in named.items() if o is not None}, **_without_names(stateful, named)})
         self._monitor = Monitor()
         self._reports: deque[SaveReport] = deque(maxlen=_KEPT_REPORTS)
         self._in_flight: _InFlight | None = None
         self._launching = threading.Lock()
         self._closed = False
-        self._export: Export | None = None
+        self._frames: Frames | None = None
+        self._history: History | None = None
+        self._branch = ""
         self._meeting = meet(self._options.run_dir, store_host=store_host, timeout_s=save_timeout_s)
         self._ballot = Ballot(self._meeting, step=None, path=self._options.run_dir, timeout_s=save_timeout_s)
         self._at_exit = _exit_handler(weakref.ref(self))
         companions = tuple(companion for companion in (processor, tokenizer) if companion is not None)
         try:
-            self._steps = agree_to_start(
-                self._options.run_dir, self._ballot, self._meeting, lambda: self._set_up(model, companions)
+            self._started: Started = agree_to_start(
+                self._options.run_dir,
+                self._ballot,
+                self._meeting,
+                lambda: self._set_up(model, companions, optimizers, own),
+                self._begin_history,
             )
+            self._steps = dict(self._started.steps)
         except BaseException:
             self._release()
             raise
@@ -113,30 +178,146 @@ class Checkpointer:
 
     # Saving
 
-    def async_save_hf(self, step: int, *, overwrite: bool = False) -> Future[Path]:
+    def async_save_hf(
+        self, step: int, *, metrics: Mapping[str, float] | None = None, overwrite: bool = False
+    ) -> Future[Path]:
         """Take a snapshot now, export it in the background as `<run_dir>/hf-<step>`; every rank calls it.
 
         Blocks while a save before it is in flight, and then for the copy of this rank's share; the weights may change
         as soon as it returns. The future resolves to the path once the export is published: complete, durable, under
-        its final name. Raises, before anything is copied, what an earlier save in the background failed with, and
-        CheckpointExists if the step is published already (`overwrite=True` replaces it in one step).
+        its final name. `metrics` go into the manifest; retention may go by them. Raises, before anything is copied,
+        what an earlier save in the background failed with, and CheckpointExists if the step is published already
+        (`overwrite=True` replaces it in one step).
         """
-        return self._launch(step, overwrite=overwrite)
+        return self._launch("hf", ("hf",), step, None, metrics, overwrite)[0]
 
-    def save_hf(self, step: int, *, overwrite: bool = False) -> Path:
+    def save_hf(self, step: int, *, metrics: Mapping[str, float] | None = None, overwrite: bool = False) -> Path:
         """Export as `async_save_hf` does, the same bytes, and wait until it is over, link and retention included.
 
         Raises SaveFailed if it was not published, or if what follows publication failed (`stage` tells).
         """
-        future = self._launch(step, overwrite=overwrite)
-        try:
-            path = future.result()
-        except StillframeError as error:
-            self._monitor.withdraw(error)
-            raise
+        return self._finish(self._launch("hf", ("hf",), step, None, metrics, overwrite))[0]
+
+    def async_save(
+        self,
+        step: int,
+        *,
+        train_state: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        snapshot: bool = False,
+        overwrite: bool = False,
+    ) -> Future[Path]:
+        """Take a snapshot of everything that the run needs to go on, write it in the background as
+        `<run_dir>/checkpoint-<step>`, in the DCP format; every rank calls it.
+
+        Model and optimizers, the states of scheduler, dataloader and `stateful` objects and the random state of every
+        rank, and `train_state`: whatever JSON holds of epochs, tokens and so on; rank 0's is saved. `snapshot=True`
+        names it `snapshot-<step>`, of which only the newest is kept.
+
+        Blocks, resolves and raises as `async_save_hf` does. The first save after the optimizer got its state also lays
+        it out and makes the arena larger.
+        """
+        kinds = ("snapshot" if snapshot else "checkpoint",)
+        return self._launch("checkpoint", kinds, step, train_state, metrics, overwrite)[0]
+
+    def save(
+        self,
+        step: int,
+        *,
+        train_state: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        snapshot: bool = False,
+        overwrite: bool = False,
+    ) -> Path:
+        """Save as `async_save` does, the same bytes, and wait until it is over, link and retention included."""
+        kinds = ("snapshot" if snapshot else "checkpoint",)
+        return self._finish(self._launch("checkpoint", kinds, step, train_state, metrics, overwrite))[0]
+
+    def async_save_both(
+        self,
+        step: int,
+        *,
+        train_state: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        overwrite: bool = False,
+    ) -> tuple[Future[Path], Future[Path]]:
+        """Save a checkpoint and an export of the same step; returns their futures, in this order.
+
+        What both need in the same dtype is copied once. They are written and published one after the other, the
+        checkpoint first, and one may fail without the other. With the option `publish_together` both lie in one
+        directory, `<run_dir>/step-<step>/checkpoint` and `hf`, published by one rename: both or neither.
+        """
+        what: What = "step" if self._options.publish_together else "both"
+        kinds = ("step",) if self._options.publish_together else ("checkpoint", "hf")
+        checkpoint, export = self._launch(what, kinds, step, train_state, metrics, overwrite)
+        return checkpoint, export
+
+    def save_both(
+        self,
+        step: int,
+        *,
+        train_state: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        overwrite: bool = False,
+    ) -> tuple[Path, Path]:
+        """Save as `async_save_both` does, and wait until both are over; returns both paths, the checkpoint's first."""
+        futures = self.async_save_both(step, train_state=train_state, metrics=metrics, overwrite=overwrite)
+        checkpoint, export = self._finish(futures)
+        return checkpoint, export
+
+    # Going on
+
+    def resume(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        fallback: bool = False,
+        skip: Collection[str] = (),
+        reset: Collection[str] = (),
+        verify: bool = True,
+    ) -> Resumed | None:
+        """Put the newest checkpoint or snapshot of the run back into model, optimizers and all other objects.
+
+        Every rank calls it, before the first step; it blocks until all have loaded, and either all have or all raise.
+        Returns where to go on, or None if there is nothing to resume from; nothing has changed then. Each rank reads
+        its own bytes, whatever number and kind of ranks saved them, bit for bit.
+
+        Args:
+            path: a directory to resume from instead: a checkpoint of this or another run, or one that
+                `torch.distributed.checkpoint.save` wrote of `{"model": ..., "optimizer": ...}`. An older one of this
+                run starts a new branch: later ones are left alone, by retention too, and their steps cannot be saved
+                again.
+            fallback: if the newest is damaged, say so loudly and take the next older one, and so on. Without it that
+                is an error: training would otherwise go back without anybody having decided it.
+            skip: parts that are not loaded: "optimizer", "optimizer_arguments" (lr, betas, ...), "scheduler",
+                "dataloader", "rng", or names of `stateful`.
+            reset: such parts that may stay as they are where the number of ranks has changed and they cannot be divided
+                anew, such as "rng".
+            verify: compare the CRC of everything that is read.
+
+        Raises NotACheckpoint, CorruptCheckpoint (which file and key) or ModelMismatch (all differences at once; before
+        anything is changed), with the rank that found it. After CorruptCheckpoint the model may be partly loaded.
+        """
+        frames = self._live_frames()
         self._wait_for_in_flight()
-        self.check()
-        return path
+        self._monitor.raise_pending()
+        choice = ResumeChoice(
+            run_dir=self._options.run_dir,
+            path=None if path is None else Path(path),
+            fallback=fallback,
+            skip=frozenset(skip),
+            reset=frozenset(reset),
+            verify=verify,
+        )
+        resumed = resume(choice, frames.resumable, self._next_ballot, self._meeting, self._go_on_from)
+        if resumed is not None:
+            frames.prepare("checkpoint")  # now that the optimizer has its state, before training begins
+        return resumed
+
+    @property
+    def recovered(self) -> Sequence[Recovered]:
+        """What the constructor found of runs that died before they published it, and what it did with that."""
+        return self._started.recovered
 
     def check(self) -> None:
         """Raise what a save in the background failed with, if one did and it was not raised yet. Costs nothing."""
@@ -156,7 +337,7 @@ class Checkpointer:
     @property
     def writer_pid(self) -> int:
         """The id of this rank's writer process, for tools that watch its memory or set its priority."""
-        return self._live_export().writer.pid
+        return self._live_frames().writer.pid
 
     def close(self) -> None:
         """Wait for the save in flight, end the writer process, free the arena; then raise a failure not raised yet.
@@ -168,6 +349,11 @@ class Checkpointer:
         self._wait_for_in_flight()
         self._release()
         self._monitor.raise_pending()
+        if self._history is not None:
+            try:
+                self._history.end()
+            except (OSError, StillframeError) as error:
+                raise RunDirectoryError(f"the run's history cannot be ended: {error}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -176,7 +362,7 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Close; after an exception without waiting: it reaches the user at once, while a save in flight goes on in the
-        writer process (and can be published from there by a later run)."""
+        writer process (and is published from there by a later run)."""
         if error is None:
             self.close()
             return
@@ -187,25 +373,73 @@ class Checkpointer:
 
     # Behind the calls
 
-    def _set_up(self, model: nn.Module, companions: tuple[Any, ...]) -> str:
+    def _set_up(
+        self,
+        model: nn.Module,
+        companions: tuple[Any, ...],
+        optimizers: tuple[Optimizer, ...],
+        own: Mapping[str, Stateful],
+    ) -> str:
+        rank, world_size = self._meeting.rank, self._meeting.world_size
         self._versions = provenance.versions()
-        self._git_commit = provenance.git_commit() if self._meeting.rank == 0 else None
-        self._export = Export(
-            unwrapped(model),
-            companions=companions,
-            max_shard_bytes=self._options.max_shard_bytes,
-            cast=_cast(self._options),
-            rank=self._meeting.rank,
-            world_size=self._meeting.world_size,
+        self._git_commit = provenance.git_commit() if rank == 0 else None
+        export = None
+        if self._options.hf_export:
+            export = Export(
+                unwrapped(model),
+                companions=companions,
+                max_shard_bytes=self._options.max_shard_bytes,
+                cast=_cast(self._options),
+                rank=rank,
+                world_size=world_size,
+            )
+        resumable = Resumable(
+            unwrapped_module(model),
+            optimizers=optimizers,
+            stateful=own,
+            save_frozen=self._options.save_frozen,
+            rank=rank,
+            world_size=world_size,
         )
-        return self._export.layout.digest
+        self._frames = Frames(export, resumable, rank=rank, world_size=world_size)
+        return self._frames.digest
 
-    def _live_export(self) -> Export:
-        if self._closed or self._export is None:
+    def _begin_history(self) -> None:
+        """Rank 0, once every rank has started: the launch in `run.json`, and the branch that it goes on with."""
+        self._branch = branch_of(self._options.run_dir, None)
+        self._history = History(self._options.run_dir)
+        self._history.begin(
+            world_size=self._meeting.world_size,
+            versions=self._versions,
+            git_commit=self._git_commit,
+            git_diff=provenance.git_diff(),
+        )
+
+    def _go_on_from(self, resumed: Resumed, damaged: Sequence[Path]) -> None:
+        """Rank 0, once every rank has loaded: what that means for the run directory."""
+        assert self._history is not None, "rank 0 began it at the start"
+        self._branch = branch_of(self._options.run_dir, resumed.path, damaged)
+        set_aside(damaged, self._ballot.attempt)
+        self._history.resumed(resumed.path.name, step=resumed.step or 0, branch=self._branch)
+
+    def _next_ballot(self, step: int | None, path: Path) -> Ballot:
+        self._ballot = self._ballot.successor(step=step, path=path)
+        return self._ballot
+
+    def _live_frames(self) -> Frames:
+        if self._closed or self._frames is None:
             raise ClosedError(f"this Checkpointer of {self._options.run_dir} is closed")
-        return self._export
+        return self._frames
 
-    def _launch(self, step: int, *, overwrite: bool) -> Future[Path]:
+    def _launch(
+        self,
+        what: What,
+        kinds: Sequence[str],
+        step: int,
+        train_state: Mapping[str, Any] | None,
+        metrics: Mapping[str, float] | None,
+        overwrite: bool,
+    ) -> tuple[Future[Path], ...]:
         if not self._launching.acquire(blocking=False):
             raise SaveFailed(
                 "another save is being called right now (from a signal handler, or from another thread); call saves "
@@ -216,81 +450,113 @@ class Checkpointer:
                 path=self._options.run_dir,
             )
         try:
-            return self._launch_alone(step, overwrite=overwrite)
+            self._live_frames().refuse_unplanned(what)
+            if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < _MAX_STEP:
+                raise OptionError(f"step must be an integer from 0 to 10^18 - 1, not {step!r}")
+            state = encode_train_state(step, train_state)
+            return self._launch_alone(what, kinds, step, state, checked_metrics(metrics), overwrite)
         finally:
             self._launching.release()
 
-    def _launch_alone(self, step: int, *, overwrite: bool) -> Future[Path]:
-        self._live_export()
-        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < _MAX_STEP:
-            raise OptionError(f"step must be an integer from 0 to 10^18 - 1, not {step!r}")
-        tracker = Tracker(step)
+    def _launch_alone(
+        self,
+        what: What,
+        kinds: Sequence[str],
+        step: int,
+        train_state: bytes,
+        metrics: Mapping[str, float],
+        overwrite: bool,
+    ) -> tuple[Future[Path], ...]:
+        trackers = [Tracker(kind, step) for kind in kinds]
         self._wait_for_in_flight()
         self._monitor.raise_pending()
-        tracker.waited()
-        final_dir = published_path(self._options.run_dir, "hf", step)
-        if step in self._steps and not overwrite:
-            # Known on all ranks alike since the last verdict, so all refuse, and none waits for the others.
-            reason = "it exists already; pass overwrite=True to replace it"
-            raise CheckpointExists(reason, step=step, rank=None, stage="prepare", path=final_dir)
-        export = self._live_export()
+        for kind, tracker in zip(kinds, trackers, strict=True):
+            tracker.waited()
+            if step in self._steps[kind] and not overwrite:
+                # Known on all ranks alike since the last verdict, so all refuse, and none waits for the others.
+                reason = "it exists already; pass overwrite=True to replace it"
+                final_dir = published_path(self._options.run_dir, kind, step)
+                raise CheckpointExists(reason, step=step, rank=None, stage="prepare", path=final_dir)
+        frames = self._live_frames()
         failure: Failure | None = None
-        inline_files: tuple[InlineFile, ...] = ()
         try:
-            inline_files = export.snapshot()
+            parts = frames.take(what, train_state=train_state)
         except Exception as error:  # noqa: BLE001  # the other ranks must learn of it, or they would wait for this one
             failure = Failure.of(error, rank=self._meeting.rank, stage="snapshot")
+            parts = frames.without_content(what)
             _log.exception("the snapshot for step %d failed on rank %d", step, self._meeting.rank)
-        tracker.staged()
-        ballot = self._ballot.successor(step=step, path=final_dir)
-        job = SaveJob(
-            run_dir=self._options.run_dir,
-            kind="hf",
-            layout=export.layout,
-            plan_id=export.plan_id,
-            step=step,
-            overwrite=overwrite,
-            inline_files=inline_files,
-            snapshot_failure=failure,
-            keep=self._options.hf_max_keep,
-            git_commit=self._git_commit,
-            versions=self._versions,
-            timeout_s=self._options.save_timeout_s,
-        )
-        future: Future[Path] = Future()
-        future.set_running_or_notify_cancel()  # it cannot be cancelled: the other ranks save too
+        saves = []
+        for kind, part, tracker in zip(kinds, parts, trackers, strict=True):
+            tracker.staged(part.staged_bytes)
+            job = SaveJob(
+                run_dir=self._options.run_dir,
+                kind=kind,
+                layout=part.layout,
+                plan_id=part.plan_id,
+                step=step,
+                overwrite=overwrite,
+                files=part.files,
+                snapshot_failure=failure,
+                retention=self._options.retention,
+                git_commit=self._git_commit,
+                versions=self._versions,
+                branch=self._branch,
+                metrics=metrics,
+                history=self._history,
+                timeout_s=self._options.save_timeout_s,
+            )
+            saves.append(_Save(job=job, tracker=tracker, futures=_futures(job)))
         thread = threading.Thread(
-            target=self._run,
-            args=(job, ballot, export, tracker, future),
-            name=f"stillframe-save-hf-{step}",
+            target=self._run_all,
+            args=(saves, frames),
+            name=f"stillframe-save-{step}",
             daemon=True,  # a training that ends with an exception must not wait for it
         )
-        self._in_flight = _InFlight(thread, future, tracker)
+        self._in_flight = _InFlight(thread, tuple(saves))
         thread.start()
-        return future
+        return tuple(future for save in saves for future, _ in save.futures)
 
-    def _run(self, job: SaveJob, ballot: Ballot, export: Export, tracker: Tracker, future: Future[Path]) -> None:
-        """The save's own thread: whatever happens here reaches the future and the monitor."""
+    def _finish(self, futures: Sequence[Future[Path]]) -> list[Path]:
+        """Wait until the saves are over, and raise what the first of them failed with."""
+        try:
+            paths = [future.result() for future in futures]
+        except StillframeError as error:
+            self._monitor.withdraw(error)
+            self._wait_for_in_flight()
+            raise
+        self._wait_for_in_flight()
+        self.check()
+        return paths
+
+    def _run_all(self, saves: Sequence[_Save], frames: Frames) -> None:
+        for save in saves:
+            self._run(save, frames)
+
+    def _run(self, save: _Save, frames: Frames) -> None:
+        """One directory, on the saves' own thread: whatever happens here reaches the futures and the monitor."""
+        job = save.job
 
         def on_published() -> None:
-            self._reports.append(tracker.report(job.final_dir, export.staged_bytes))
-            future.set_result(job.final_dir)
+            self._reports.append(save.tracker.report(job.final_dir))
+            for future, path in save.futures:
+                future.set_result(path)
 
+        before = self._ballot
+        ballot = self._next_ballot(job.step, job.final_dir)
         try:
-            aftermath = run_save(job, ballot, self._meeting, export.writer, tracker, on_published)
+            aftermath = run_save(job, ballot, self._meeting, frames.writer, save.tracker, on_published)
             if self._meeting.rank == 0:
-                self._ballot.forget()  # every rank has voted on this attempt, so each is done with the one before
-            self._steps = frozenset(aftermath.steps)
+                before.forget()  # every rank has voted on this attempt, so each is done with the one before
+            self._steps[job.kind] = frozenset(aftermath.steps[job.kind])
             if aftermath.trouble is not None:
                 raise aftermath.trouble.exception(step=job.step, path=job.final_dir)
-        except BaseException as error:  # noqa: BLE001  # the future must end, and the user must learn, whatever it is
+        except BaseException as error:  # noqa: BLE001  # the futures must end, and the user must learn, whatever it is
             failure = error if isinstance(error, StillframeError) else _unexpected(error, job)
             _log.error("%s", failure)
             self._monitor.report(failure)
-            if not future.done():
-                future.set_exception(failure)
-        finally:
-            self._ballot = ballot
+            for future, _ in save.futures:
+                if not future.done():
+                    future.set_exception(failure)
 
     def _wait_for_in_flight(self) -> None:
         """Wait until the save in flight is over, link and retention included; bounded, for each step of a save is."""
@@ -305,8 +571,8 @@ class Checkpointer:
         self._closed = True
         atexit.unregister(self._at_exit)
         try:
-            if self._export is not None:
-                self._export.close()
+            if self._frames is not None:
+                self._frames.close()
         finally:
             if self._meeting.rank == 0 and not self._ballot.await_acknowledged(_GOODBYE_TIMEOUT_S):
                 _log.warning("not all ranks asked for the verdict of the last save within %.0f s", _GOODBYE_TIMEOUT_S)
@@ -327,6 +593,30 @@ class Checkpointer:
             self.close()
         except StillframeError as error:
             _log.error("while closing after an exception: %s", error)
+
+
+def _optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+    found = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    strange = [type(o).__name__ for o in found if not isinstance(o, Optimizer)]
+    if strange:
+        raise OptionError(f"optimizer must be a torch.optim.Optimizer or several, not {', '.join(strange)}")
+    return found
+
+
+def _without_names(stateful: Mapping[str, Any] | None, taken: Collection[str]) -> Mapping[str, Any]:
+    clash = sorted(set(stateful or {}) & {*taken, "optimizer", "optimizer_arguments"})
+    if clash:
+        raise OptionError(f"stateful: the names {', '.join(clash)} are taken by arguments of their own")
+    return stateful or {}
+
+
+def _futures(job: SaveJob) -> tuple[tuple[Future[Path], Path], ...]:
+    """One future a directory that the user asked for; none can be cancelled, for the other ranks save too."""
+    inside = (CHECKPOINT_PART, EXPORT_PART) if job.kind == TOGETHER else (".",)
+    futures = tuple((Future[Path](), job.final_dir / name) for name in inside)
+    for future, _ in futures:
+        future.set_running_or_notify_cancel()
+    return futures
 
 
 def _cast(options: CheckpointerOptions) -> Cast | None:

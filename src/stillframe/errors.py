@@ -63,13 +63,15 @@ class CoverageError(LayoutError):
 class SaveFailed(StillframeError):
     """A save did not become a published checkpoint; what was published before is untouched.
 
-    Attributes say where it failed: `step` (None: while the Checkpointer started), `rank` (the global rank that failed,
-    None if no single one did), `stage` ("start", "snapshot", "prepare", "write", "vote", "publish"; or, with the
-    checkpoint published, "link" and "retention"), `path` (the final path of the checkpoint), `reason`.
+    Attributes say where it failed: `step` (None: while the Checkpointer started or resumed), `rank` (the global rank
+    that failed, None if no single one did), `stage` ("start", "resume", "snapshot", "prepare", "write", "vote",
+    "publish"; or, with the checkpoint published, "link" and "retention"), `path` (the final path of the checkpoint),
+    `reason`.
     """
 
     def __init__(self, reason: str, *, step: int | None, rank: int | None, stage: str, path: Path) -> None:
-        what = "start of the Checkpointer" if step is None else f"save of step {step}"
+        starting = "resume" if stage == "resume" else "start of the Checkpointer"
+        what = starting if step is None else f"save of step {step}"
         where = "" if rank is None else f" on rank {rank}"
         super().__init__(f"{what} failed{where} in stage {stage!r} for {path}: {reason}")
         self.reason = reason

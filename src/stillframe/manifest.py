@@ -7,8 +7,11 @@ Format version 1; unknown fields are ignored by readers, unknown versions refuse
 from __future__ import annotations
 
 import json
+import math
 import re
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,8 @@ class Manifest:
     with the highest step (a run resumed from an earlier step publishes lower steps later). `balance` is the
     largest rank's bytes divided by the mean. `published_at` is UTC, ISO 8601. `git_commit` is that of the working
     directory of rank 0 when the Checkpointer was made, with "-dirty" appended where it had changes; None outside a
-    repository.
+    repository. `branch` names the branch of the run, "" where there is only one; `metrics` are what the caller gave at
+    the save, NaN where a number was not finite. Manifests from before there were these two have neither.
     """
 
     kind: str
@@ -61,6 +65,8 @@ class Manifest:
     balance: float
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
+    branch: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -69,7 +75,27 @@ class Manifest:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    return (json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1, ensure_ascii=False) + "\n").encode()
+    fields = {"format": FORMAT, **asdict(manifest), "metrics": finite_metrics(manifest.metrics)}
+    return (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def finite_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics as JSON can say them, which knows no NaN and no infinity: a checkpoint must not be lost to a loss."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def decode_metrics(fields: Mapping[str, object]) -> dict[str, float]:
+    """The metrics that `finite_metrics` made this of; what was not finite is NaN. Raises ValueError."""
+    metrics = {}
+    for name, value in fields.items():
+        if value is None:
+            metrics[name] = math.nan
+        # Compared before it is converted: an integer may be too large for a float. NaN compares false.
+        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+            metrics[name] = float(value)
+        else:
+            raise ValueError(f"the metric {name!r:.60} is {value!r:.60}")
+    return metrics
 
 
 def decode_manifest(content: bytes, path: Path) -> Manifest:
@@ -100,6 +126,8 @@ def decode_manifest(content: bytes, path: Path) -> Manifest:
                 )
                 for name, e in _entries(fields, "tensors")
             },
+            branch=_typed(fields, "branch", str) if "branch" in fields else "",
+            metrics=decode_metrics(_typed(fields, "metrics", dict)) if "metrics" in fields else {},
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path}: is not a valid manifest ({type(error).__name__}: {error})") from error

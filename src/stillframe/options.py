@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from stillframe.errors import OptionError
+from stillframe.policies import KeepAll, KeepLast, Retention, RetentionPolicy
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -23,7 +25,14 @@ class CheckpointerOptions:
     save_dtype: "bfloat16" saves floating-point parameters so, cast in the snapshot; None saves what there is. Buffers,
         and modules that transformers keeps in float32, keep their dtype.
     keep_in_fp32: regular expressions; parameters whose key or name in the model matches one are not cast.
-    hf_max_keep: how many exports are kept, the newest by publication; None keeps all.
+    hf_export: whether exports are planned at all. False: none can be saved, and any nn.Module can be checkpointed.
+    hf_max_keep: how many exports are kept, the newest by publication; None and -1 keep all.
+    keep_hf: a rule for the same, instead of a number: see `stillframe.policies`.
+    checkpoint_maxkeep, keep_checkpoints: likewise for checkpoints to resume from. Of snapshots the newest is kept.
+    publish_together: an export and a checkpoint that are saved by one call become one directory `step-<N>`, or neither
+        is published. It is kept as long as one of the two rules keeps it.
+    save_frozen: False leaves parameters that need no gradient out of checkpoints; to resume then takes a model that
+        has them already.
     save_timeout_s: bound on each wait of a save (for the other ranks' calls, the writing, the verdict), and on the
         constructor's wait for the other ranks.
     store_host: address on which rank 0 listens for the others; only needed where they cannot reach it by MASTER_ADDR
@@ -34,7 +43,13 @@ class CheckpointerOptions:
     max_shard_size: int | str = "50GB"
     save_dtype: str | None = None
     keep_in_fp32: tuple[str, ...] = ()
+    hf_export: bool = True
     hf_max_keep: int | None = None
+    keep_hf: RetentionPolicy | None = None
+    checkpoint_maxkeep: int | None = None
+    keep_checkpoints: RetentionPolicy | None = None
+    publish_together: bool = False
+    save_frozen: bool = True
     save_timeout_s: float = 7200.0
     store_host: str | None = None
 
@@ -51,14 +66,43 @@ class CheckpointerOptions:
                 raise OptionError(f"keep_in_fp32 has {pattern!r}, which is no regular expression: {error}") from error
         if self.keep_in_fp32 and self.save_dtype is None:
             raise OptionError("keep_in_fp32 has no effect without save_dtype; set both or neither")
-        keep = self.hf_max_keep
-        if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 1):
-            raise OptionError(f"hf_max_keep must be None (keep all) or at least 1, not {keep!r}")
+        for name in ("hf_export", "publish_together", "save_frozen"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.publish_together and not self.hf_export:
+            raise OptionError("publish_together has no effect with hf_export=False: there is no export to publish")
+        _ = self.retention
         timeout_s = self.save_timeout_s
         if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 0 < timeout_s < 10**7:
             raise OptionError(f"save_timeout_s must be a number of seconds above 0 and below 10^7, not {timeout_s!r}")
         if self.store_host is not None and not isinstance(self.store_host, str):
             raise OptionError(f"store_host must be None or an address, not {self.store_host!r}")
+
+    @property
+    def retention(self) -> Retention:
+        """What is kept, as rules."""
+        return Retention(
+            checkpoints=self._rule("checkpoint_maxkeep", "keep_checkpoints"),
+            exports=self._rule("hf_max_keep", "keep_hf"),
+        )
+
+    def _rule(self, number_name: str, policy_name: str) -> RetentionPolicy:
+        number, policy = getattr(self, number_name), getattr(self, policy_name)
+        if number is not None and (type(number) is not int or number < -1 or number == 0):
+            raise OptionError(
+                f"{number_name} must be None or -1 (keep all) or at least 1, not {number!r}: the newest always stays, "
+                "and 1 keeps it alone"
+            )
+        if policy is None:
+            return KeepAll() if number in (None, -1) else KeepLast(number)
+        if not isinstance(policy, RetentionPolicy):
+            raise OptionError(f"{policy_name} must be None or a rule of stillframe.policies, not {policy!r}")
+        if number is not None:
+            raise OptionError(
+                f"{number_name}={number!r} and {policy_name} are two ways to say what is kept; set one, and put rules "
+                "together with |"
+            )
+        return policy
 
     @property
     def max_shard_bytes(self) -> int:
@@ -73,6 +117,19 @@ class CheckpointerOptions:
         raise OptionError(
             f"max_shard_size must be a positive number of bytes or text such as '500MB' or '5GB', not {size!r}"
         )
+
+
+def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    """`metrics` as plain numbers, tensors of one element included. Raises OptionError."""
+    checked = {}
+    for name, value in (metrics or {}).items():
+        try:
+            checked[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise OptionError(f"metrics: {name!r} must be a number, not {value!r:.60}") from error
+        if not isinstance(name, str):
+            raise OptionError(f"metrics: {name!r} must be text")
+    return checked
 
 
 def run_directory(run_dir: str | os.PathLike[str]) -> Path:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,3 +169,46 @@ class Receipt:
     layout_digest: str
     bytes_written: int
     files: tuple[FileReceipt, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogEntry:
+    """A published checkpoint, as its manifest has it.
+
+    Entries order by `sequence`, the order of publication, not by step. `kind` is that of the name: "hf", "checkpoint",
+    "snapshot" or "step". `branch` is the branch of the run that published it, "" the first.
+    """
+
+    path: Path
+    kind: str
+    step: int
+    sequence: int
+    world_size: int
+    size_bytes: int
+    published_at: str
+    branch: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def published_time(self) -> datetime | None:
+        """`published_at` in UTC; None where the manifest has something there that is no time."""
+        try:
+            time = datetime.fromisoformat(self.published_at)
+            return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+        except (ValueError, OverflowError):
+            return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """What the start of a job did with a directory that an earlier one had left unpublished.
+
+    `path` is where it was. `action` is "published" (it has its final name now), "removed", or "left" (it stays, since
+    it is not recognised, or something is in the way); `reason` says why.
+    """
+
+    path: Path
+    kind: str
+    step: int
+    action: Literal["published", "removed", "left"]
+    reason: str

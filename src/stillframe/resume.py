@@ -1,1 +1,311 @@
-"""The start from a published checkpoint: which one, agreed by all ranks, and everything put back."""
+"""The start from a published checkpoint: which one, agreed by all ranks, and everything put back.
+
+rank 0: choose ─▶ open ─▶ load ─▶ vote ─▶ collect ─▶ verdict
+others:     wait for open ─▶ load ─▶ vote ─▶ wait for the verdict
+
+Either every rank has loaded the same checkpoint, or all raise what one of them found.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillframe.catalog.directory import RESUMABLE, checkpoint_dir, list_checkpoints
+from stillframe.commit.failure import Failure
+from stillframe.commit.rendezvous import Rendezvous
+from stillframe.commit.vote import Ballot, Vote
+from stillframe.durable import fsync_dir
+from stillframe.errors import (
+    CorruptCheckpoint,
+    ModelMismatch,
+    NotACheckpoint,
+    OptionError,
+    StillframeError,
+)
+from stillframe.load.distcp import DistcpDirectory, open_distcp
+from stillframe.load.folder import listed
+from stillframe.names import CHECKPOINT_PART, MANIFEST_NAME, TOGETHER, TRAIN_STATE_NAME, parse_published
+from stillframe.resumable import Resumable, decode_train_state
+from stillframe.state import rng
+from stillframe.state.objects import RNG, choose_states
+from stillframe.state.restoring import OptimizerLoad, Targets, model_targets
+
+_log = logging.getLogger("stillframe")
+
+OPTIMIZER = "optimizer"
+OPTIMIZER_ARGUMENTS = "optimizer_arguments"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeChoice:
+    """What `Checkpointer.resume` was asked for; its docstring says what each means."""
+
+    run_dir: Path
+    path: Path | None
+    fallback: bool
+    skip: frozenset[str]
+    reset: frozenset[str]
+    verify: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """Where a run goes on, the same on all ranks.
+
+    `step` and `train_state` are those of the save; of a directory that stillframe did not write, None and empty.
+    `world_size`: how many ranks saved it, None likewise. `left_as_they_are`: parts that could not be put back on this
+    number of ranks (`reset` named them), or that the checkpoint does not have. `bytes_read` counts this rank's.
+    """
+
+    path: Path
+    kind: str | None
+    step: int | None
+    train_state: Mapping[str, Any]
+    world_size: int | None
+    left_as_they_are: tuple[str, ...]
+    bytes_read: int
+
+
+def resume(
+    choice: ResumeChoice,
+    resumable: Resumable,
+    next_ballot: Callable[[int | None, Path], Ballot],
+    meeting: Rendezvous,
+    on_loaded: Callable[[Resumed, Sequence[Path]], None],
+) -> Resumed | None:
+    """Load what `choice` says into `resumable`, on every rank or on none; None if there is nothing to resume from.
+
+    Once all ranks have loaded, rank 0 calls `on_loaded` with the damaged directories that were passed over; what that
+    raises, all raise. Blocks until all ranks are done, bounded by the ballots' timeout. Raises LoadError or
+    OptionError, as the rank did that failed.
+    """
+    _check_names(choice, resumable)
+    damaged: list[Path] = []
+    while True:
+        ballot = next_ballot(None, choice.run_dir)
+        path, is_last = None, True
+        try:
+            path, is_last = _agree_on_a_path(choice, len(damaged), ballot, meeting)
+            if path is None:
+                return None
+            return _load_on_all_ranks(
+                path, choice, resumable, ballot, meeting, lambda resumed: on_loaded(resumed, damaged)
+            )
+        except (CorruptCheckpoint, NotACheckpoint) as error:
+            if path is None or is_last or not choice.fallback:
+                raise
+            _log.error("A DAMAGED CHECKPOINT IS PASSED OVER, and training goes back to an older one: %s", error)
+            damaged.append(path)
+        finally:
+            ballot.acknowledge()
+
+
+def _check_names(choice: ResumeChoice, resumable: Resumable) -> None:
+    known = {OPTIMIZER, OPTIMIZER_ARGUMENTS, RNG, *resumable.stateful}
+    for option, names in (("skip", choice.skip), ("reset", choice.reset)):
+        if unknown := sorted(names - known):
+            raise OptionError(f"{option}: there is no part {unknown[0]!r}; parts are {', '.join(sorted(known))}")
+
+
+def _candidates(choice: ResumeChoice) -> list[Path]:
+    """The directories to try, in order; those after the first only where the caller falls back.
+
+    What cannot be listed because its manifest is damaged comes first: nobody knows that it is not the newest.
+    """
+    if choice.path is not None:
+        return [choice.path]
+    listed = list_checkpoints(choice.run_dir, *RESUMABLE)
+    return [*_unlisted(choice.run_dir, {entry.path for entry in listed}), *map(checkpoint_dir, reversed(listed))]
+
+
+def _unlisted(run_dir: Path, listed: Collection[Path]) -> list[Path]:
+    """Directories with a manifest that cannot be read, though their names are those of checkpoints; highest step first.
+
+    One without a manifest is somebody else's: other trainers call theirs `checkpoint-<step>` too.
+    """
+    found = []
+    for path in run_dir.iterdir():
+        parsed = parse_published(path.name)
+        if parsed is not None and parsed[0] in RESUMABLE and path not in listed and (path / MANIFEST_NAME).exists():
+            found.append((parsed[1], path / CHECKPOINT_PART if parsed[0] == TOGETHER else path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _agree_on_a_path(choice: ResumeChoice, tried: int, ballot: Ballot, meeting: Rendezvous) -> tuple[Path | None, bool]:
+    """The directory that rank 0 chooses, having `tried` some, and whether it is the last; None if there is none."""
+    if meeting.rank != 0:
+        told = json.loads(ballot.await_open() or "{}")
+        return (Path(told["path"]) if told["path"] else None), told["is_last"]
+    try:
+        candidates = _candidates(choice)[tried:]
+    except Exception as error:
+        ballot.open(Failure.of(error, rank=0, stage="resume"))
+        raise
+    path, is_last = (candidates[0] if candidates else None), len(candidates) < 2
+    ballot.open(None, note=json.dumps({"path": None if path is None else str(path), "is_last": is_last}))
+    return path, is_last
+
+
+def _load_on_all_ranks(
+    path: Path,
+    choice: ResumeChoice,
+    resumable: Resumable,
+    ballot: Ballot,
+    meeting: Rendezvous,
+    on_loaded: Callable[[Resumed], None],
+) -> Resumed:
+    own_error: Exception | None = None
+    resumed: Resumed | None = None
+    try:
+        resumed = _load(path, choice, resumable, meeting)
+    except Exception as error:  # noqa: BLE001  # told to all ranks, and raised below
+        own_error = error
+    failure = None if own_error is None else Failure.of(own_error, rank=meeting.rank, stage="resume")
+    try:
+        ballot.cast(Vote(rank=meeting.rank, step=None, layout_digest="", failure=failure))
+        if meeting.rank == 0:
+            _decide(ballot, choice.run_dir, lambda: on_loaded(resumed) if resumed is not None else None)
+        else:
+            ballot.await_verdict()
+    except StillframeError as verdict:
+        # On the rank where it failed, the original says more than what came back from the vote.
+        if isinstance(own_error, StillframeError) and str(verdict).endswith(str(own_error)):
+            raise own_error from None
+        raise verdict from own_error
+    assert resumed is not None, "a rank that failed has voted so"
+    return resumed
+
+
+def _decide(ballot: Ballot, run_dir: Path, on_loaded: Callable[[], None]) -> None:
+    try:
+        ballot.collect()
+        on_loaded()
+    except Exception as error:
+        failure = Failure.of(error, rank=0, stage="resume")
+        ballot.decide(failure)
+        raise failure.exception(step=None, path=run_dir) from error
+    ballot.decide(None)
+
+
+def branch_of(run_dir: Path, resumed_from: Path | None, damaged: Sequence[Path] = ()) -> str:
+    """The branch that a launch goes on with: that of the newest, unless it resumes from something else.
+
+    `resumed_from` None: nothing is resumed. `damaged` were passed over, and do not count.
+    """
+    entries = [entry for entry in list_checkpoints(run_dir) if entry.path not in map(_entry_path, damaged)]
+    if not entries:
+        return ""
+    if resumed_from is None:
+        return entries[-1].branch
+    newest = next((entry for entry in reversed(entries) if entry.kind != "hf"), None)
+    if newest is not None and checkpoint_dir(newest).resolve() == resumed_from.resolve():
+        return newest.branch
+    return secrets.token_hex(4)
+
+
+def set_aside(damaged: Sequence[Path], attempt: str) -> None:
+    """Give damaged checkpoints names that are nobody's, so that their steps can be saved again; nothing is deleted."""
+    for path in map(_entry_path, damaged):
+        aside = path.with_name(f"{path.name}.damaged-{attempt}")
+        path.rename(aside)
+        fsync_dir(path.parent)
+        _log.error("the damaged %s is set aside as %s; delete it once you need nothing from it", path, aside)
+
+
+def _entry_path(checkpoint_path: Path) -> Path:
+    """The published directory that a DCP directory is or lies in."""
+    return checkpoint_path if parse_published(checkpoint_path.name) is not None else checkpoint_path.parent
+
+
+def _load(path: Path, choice: ResumeChoice, resumable: Resumable, meeting: Rendezvous) -> Resumed:
+    """This rank's part. Everything is compared before anything is changed; the random state is put back last."""
+    with open_distcp(path) as directory:
+        states, left = _rank_states(directory, choice, resumable, meeting)
+        train_state = decode_train_state(directory.read_checked(TRAIN_STATE_NAME), path / TRAIN_STATE_NAME)
+        model = model_targets(resumable.model, directory.tensors, directory.paths, save_frozen=resumable.save_frozen)
+        optimizers = None
+        wanted = [model]
+        if resumable.optimizers and OPTIMIZER not in choice.skip:
+            optimizers = OptimizerLoad(resumable.model, resumable.optimizers, directory.tensors, directory.paths)
+            wanted.append(optimizers.targets)
+        targets = {key: tensor for part in wanted for key, tensor in part.tensors.items()}
+        _refuse_differences(directory, targets, wanted)
+        bytes_read = directory.fill(targets, verify=choice.verify, partial=True)
+        if optimizers is not None:
+            objects = {k: directory.object(k) for k in sorted(directory.objects) if directory.paths[k][0] == OPTIMIZER}
+            optimizers.put_in_place(objects, arguments=OPTIMIZER_ARGUMENTS not in choice.skip)
+        manifest = directory.manifest
+    for name, state in states.items():
+        if name != RNG:
+            _put_back(name, resumable.stateful[name], state)
+    if RNG in states:
+        rng.restore(states[RNG])
+    return Resumed(
+        path=path,
+        kind=None if manifest is None else manifest.kind,
+        step=None if manifest is None else manifest.step,
+        train_state=train_state,
+        world_size=None if manifest is None else manifest.world_size,
+        left_as_they_are=left,
+        bytes_read=bytes_read,
+    )
+
+
+def _refuse_differences(
+    directory: DistcpDirectory, targets: Mapping[str, torch.Tensor], wanted: Sequence[Targets]
+) -> None:
+    """Raise ModelMismatch with everything that the checkpoint lacks, has too much, or has in another form."""
+    missing = [key for part in wanted for key in part.missing]
+    unexpected = [key for part in wanted for key in part.unexpected]
+    found = []
+    if missing:
+        found.append(f"{len(missing)} tensors are not in the checkpoint: {listed(missing)}")
+    if unexpected:
+        found.append(f"{len(unexpected)} tensors of the checkpoint have no place: {listed(unexpected)}")
+    if unfit := directory.differences(targets, partial=True):
+        found.append(unfit)
+    if found:
+        raise ModelMismatch(
+            f"{directory.path} is the checkpoint of another model or optimizer, nothing was loaded: {'; '.join(found)}"
+        )
+
+
+def _rank_states(
+    directory: DistcpDirectory, choice: ResumeChoice, resumable: Resumable, meeting: Rendezvous
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The states for this rank, by name, and the names of those that stay as they are."""
+    names = sorted({RNG, *resumable.stateful} - choice.skip)
+    manifest = directory.manifest
+    if manifest is None:
+        return {}, tuple(names)
+    same = manifest.world_size == meeting.world_size
+    of_ranks = [
+        directory.rank_state(rank) if not same or rank == meeting.rank else {} for rank in range(manifest.world_size)
+    ]
+    states, left = choose_states(
+        of_ranks, rank=meeting.rank, world_size=meeting.world_size, names=names, reset=choice.reset
+    )
+    absent = [name for name in names if name not in states and name not in left]
+    if absent:
+        raise ModelMismatch(
+            f"{directory.path}: has no state of {', '.join(absent)}; it was saved without. Pass skip={tuple(absent)!r} "
+            "to go on with what they have now"
+        )
+    return states, left
+
+
+def _put_back(name: str, stateful: Any, state: Any) -> None:
+    try:
+        stateful.load_state_dict(state)
+    except Exception as error:
+        raise ModelMismatch(
+            f"{name} ({type(stateful).__name__}) does not take its saved state back: {type(error).__name__}: {error}"
+        ) from error

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from stillframe import names
-from stillframe.catalog.directory import list_checkpoints
-from stillframe.catalog.retention import remove, superseded
+from stillframe.catalog.directory import list_checkpoints, next_sequence, point_to_newest, steps_by_kind
+from stillframe.catalog.history import History
+from stillframe.catalog.retention import retain
 from stillframe.commit.failure import Failure
+from stillframe.commit.plan import AttemptPlan
 from stillframe.commit.publish import Publication
 from stillframe.commit.rendezvous import Rendezvous
 from stillframe.commit.vote import Aftermath, Ballot, Vote
-from stillframe.durable import replace_link
 from stillframe.errors import SaveFailed, SaveTimeout, StillframeError, WriteFailed, WriterDied
-from stillframe.records import InlineFile, Layout, Receipt, WriteRequest
+from stillframe.policies import Retention
+from stillframe.records import InlineFile, Layout, WriteRequest
 from stillframe.watch.progress import Tracker
 from stillframe.writer.client import WriterClient, WriterError
-from stillframe.writer.messages import decode_receipt
 
 _WRITER_ERRORS: Mapping[str, type[SaveFailed]] = {
     "failed": WriteFailed,
@@ -35,9 +37,10 @@ _WRITER_ERRORS: Mapping[str, type[SaveFailed]] = {
 class SaveJob:
     """What is saved: captured on the training thread, constant from then on.
 
-    `inline_files` are rank 0's to write; other ranks have none. `snapshot_failure`: the arena could not be
-    filled on this rank, which the other ranks must learn of. `kind` is that of the name: checkpoints and snapshots have
-    one layout.
+    `files` renders the small files that are this rank's to write: on rank 0 all that the layout wants beside its own,
+    elsewhere only the rank's one of the layout's `rank_files`, if it has such. `snapshot_failure`: the arena could not
+    be filled on this rank, which the other ranks must learn of. `kind` is that of the name: checkpoints and snapshots
+    have one layout. `history` is rank 0's pen for `run.json`.
     """
 
     run_dir: Path
@@ -46,11 +49,14 @@ class SaveJob:
     plan_id: int
     step: int
     overwrite: bool
-    inline_files: tuple[InlineFile, ...]
+    files: Callable[[], tuple[InlineFile, ...]]
     snapshot_failure: Failure | None
-    keep: int | None
+    retention: Retention
     git_commit: str | None
     versions: Mapping[str, str]
+    branch: str
+    metrics: Mapping[str, float]
+    history: History | None
     timeout_s: float
 
     @property
@@ -82,7 +88,7 @@ def run_save(
             ballot.conclude(aftermath)
             return aftermath
         ballot.await_open(layout_digest=None if job.snapshot_failure is not None else job.layout.digest)
-        vote = _write(job, ballot.attempt, meeting, writer, tracker)
+        vote = _write(job, job.files, ballot.attempt, meeting, writer, tracker)
         ballot.cast(vote)
         ballot.await_verdict()
         tracker.published()
@@ -99,25 +105,21 @@ def run_save(
 
 def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterClient, tracker: Tracker) -> Publication:
     """Rank 0's part up to the verdict, which it has told everyone when this returns or raises."""
-    publication = Publication(
-        job.run_dir, job.layout, kind=job.kind, step=job.step, attempt=ballot.attempt, overwrite=job.overwrite
-    )
+    publication = Publication(job.run_dir, _plan(job, ballot.attempt))
     try:
         if job.snapshot_failure is not None:
             raise job.snapshot_failure.exception(step=job.step, path=job.final_dir)
-        inline_files = publication.prepare(job.inline_files)
+        files = publication.prepare(job.files())
     except Exception as error:  # whatever it is, the other ranks must not be left waiting
         failure = _given_up(publication, error, "prepare")
         ballot.open(failure)
         raise failure.exception(step=job.step, path=job.final_dir) from error
     ballot.open(None, layout_digest=job.layout.digest)
-    ballot.cast(_write(replace(job, inline_files=inline_files), ballot.attempt, meeting, writer, tracker))
+    ballot.cast(_write(job, lambda: files, ballot.attempt, meeting, writer, tracker))
     try:
         ballot.collect()
-        receipts = [_receipt(job, publication.inside, rank) for rank in range(meeting.world_size)]
-        published = list_checkpoints(job.run_dir, job.kind)
-        sequence = 1 + max((entry.sequence for entry in published), default=0)
-        publication.publish(receipts, sequence=sequence, git_commit=job.git_commit, versions=job.versions)
+        proven = publication.prove(publication.receipts())
+        publication.publish(proven, sequence=next_sequence(job.run_dir))
     except Exception as error:  # likewise
         failure = _given_up(publication, error, "publish")
         ballot.decide(failure)
@@ -135,30 +137,38 @@ def _given_up(publication: Publication, error: Exception, stage: str) -> Failure
     return failure
 
 
-def _receipt(job: SaveJob, hidden_dir: Path, rank: int) -> Receipt:
-    try:
-        return decode_receipt((hidden_dir / names.receipt_name(rank)).read_bytes())
-    except (OSError, ValueError) as error:
-        reason = f"its receipt cannot be used: {error}"
-        raise SaveFailed(reason, step=job.step, rank=rank, stage="publish", path=job.final_dir) from error
+def _plan(job: SaveJob, attempt: str) -> AttemptPlan:
+    return AttemptPlan(
+        kind=job.kind,
+        step=job.step,
+        attempt=attempt,
+        overwrite=job.overwrite,
+        layout=job.layout,
+        git_commit=job.git_commit,
+        versions=job.versions,
+        branch=job.branch,
+        metrics=job.metrics,
+    )
 
 
 def _after_publication(job: SaveJob, attempt: str, publication: Publication) -> Aftermath:
-    """The link to the newest, then retention. What fails here takes nothing back: the checkpoint is published."""
+    """Links to the newest, then retention, then the history. What fails here takes nothing back: it is published."""
     failures = []
-    steps: tuple[int, ...] = ()
+    steps: dict[str, tuple[int, ...]] = {job.kind: ()}
     stage = "link"
     try:
-        replace_link(names.latest_path(job.run_dir, job.kind), job.final_dir.name, attempt)
+        point_to_newest(job.run_dir, attempt)
         stage = "retention"
-        # Not where the link still names an older one: it would dangle if that were removed.
-        for entry in superseded(list_checkpoints(job.run_dir, job.kind), keep=job.keep):
-            remove(entry, attempt=attempt)
+        # Not where a link still names an older one: it would dangle if that were removed.
+        retain(job.run_dir, job.retention, branch=job.branch, now=datetime.now(UTC), attempt=attempt)
+        stage = "history"
+        if job.history is not None:
+            job.history.published(job.step)
     except (StillframeError, OSError) as error:
         failures.append((stage, error))
     try:
         publication.clean_up()
-        steps = tuple(sorted(entry.step for entry in list_checkpoints(job.run_dir, job.kind)))
+        steps = {job.kind: steps_by_kind(list_checkpoints(job.run_dir, job.kind))[job.kind]}
     except (StillframeError, OSError) as error:
         failures.append(("retention", error))
     if not failures:
@@ -167,21 +177,28 @@ def _after_publication(job: SaveJob, attempt: str, publication: Publication) -> 
     return Aftermath(trouble=Failure(error="SaveFailed", rank=0, stage=failures[0][0], reason=reason), steps=steps)
 
 
-def _write(job: SaveJob, attempt: str, meeting: Rendezvous, writer: WriterClient, tracker: Tracker) -> Vote:
-    """Have the share written and return this rank's vote; a failure is a vote too."""
+def _write(
+    job: SaveJob,
+    files: Callable[[], tuple[InlineFile, ...]],
+    attempt: str,
+    meeting: Rendezvous,
+    writer: WriterClient,
+    tracker: Tracker,
+) -> Vote:
+    """Have the share and `files` written and return this rank's vote; a failure is a vote too."""
     failure = job.snapshot_failure
     if failure is None:
-        request = WriteRequest(
-            plan_id=job.plan_id,
-            kind=job.kind,
-            step=job.step,
-            attempt=attempt,
-            directory=names.incomplete_path(job.run_dir, job.kind, job.step),
-            marker_name=names.marker_name(attempt),
-            receipt_name=names.receipt_name(meeting.rank),
-            inline_files=job.inline_files,
-        )
         try:
+            request = WriteRequest(
+                plan_id=job.plan_id,
+                kind=job.kind,
+                step=job.step,
+                attempt=attempt,
+                directory=names.incomplete_path(job.run_dir, job.kind, job.step),
+                marker_name=names.marker_name(attempt),
+                receipt_name=names.receipt_name(meeting.rank),
+                inline_files=files(),
+            )
             writer.write(request, timeout_s=job.timeout_s, on_progress=tracker.wrote)
             tracker.written()
         except WriterError as error:

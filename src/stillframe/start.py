@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from stillframe.catalog.directory import list_checkpoints
+from stillframe.catalog.directory import list_checkpoints, next_sequence, point_to_newest, steps_by_kind
 from stillframe.catalog.retention import remove_leftovers
 from stillframe.commit.failure import Failure
 from stillframe.commit.probe import Probe
+from stillframe.commit.recover import recover
 from stillframe.commit.rendezvous import Rendezvous
 from stillframe.commit.vote import Aftermath, Ballot, Vote
 from stillframe.errors import StillframeError
+from stillframe.records import Recovered
+
+_log = logging.getLogger("stillframe")
 
 
-def agree_to_start(run_dir: Path, ballot: Ballot, meeting: Rendezvous, set_up: Callable[[], str]) -> frozenset[int]:
-    """Probe `run_dir`, run `set_up` on this rank, and return the published steps once every rank could do both.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """What every rank knows alike from the start on: the published steps of each kind, and what was `recovered`."""
 
-    `set_up` returns the layout's digest, which must be the same on all ranks. Blocks until all ranks have called this,
+    steps: Mapping[str, frozenset[int]]
+    recovered: tuple[Recovered, ...]
+
+
+def agree_to_start(
+    run_dir: Path,
+    ballot: Ballot,
+    meeting: Rendezvous,
+    set_up: Callable[[], str],
+    begin_history: Callable[[], None] = lambda: None,
+) -> Started:
+    """Probe `run_dir`, run `set_up` on this rank; once every rank could do both, recover what ended jobs have left.
+
+    `set_up` returns the layout's digest, which must be the same on all ranks. `begin_history` is the last thing that
+    rank 0 does. Blocks until all ranks have called this,
     bounded by the ballot's timeout. Raises on every rank what failed on one, as the exception that it was there.
     """
     probe = Probe(run_dir, meeting.nonce)
@@ -33,9 +54,12 @@ def agree_to_start(run_dir: Path, ballot: Ballot, meeting: Rendezvous, set_up: C
         failure = None if own_error is None else Failure.of(own_error, rank=meeting.rank, stage="start")
         ballot.cast(Vote(rank=meeting.rank, step=None, layout_digest=digest, failure=failure))
         if meeting.rank == 0:
-            return frozenset(_decide(run_dir, probe, ballot, meeting))
-        ballot.await_verdict()
-        return frozenset(ballot.await_aftermath().steps)
+            aftermath = _decide(run_dir, probe, ballot, meeting, begin_history)
+        else:
+            ballot.await_verdict()
+            aftermath = ballot.await_aftermath()
+        steps = {kind: frozenset(published) for kind, published in aftermath.steps.items()}
+        return Started(steps=steps, recovered=aftermath.recovered)
     except StillframeError as verdict:
         # On the rank where it failed, the original says more than what came back from the vote.
         if isinstance(own_error, StillframeError) and str(verdict).endswith(str(own_error)):
@@ -57,20 +81,34 @@ def _begin(probe: Probe, ballot: Ballot, meeting: Rendezvous) -> None:
     ballot.open(None)
 
 
-def _decide(run_dir: Path, probe: Probe, ballot: Ballot, meeting: Rendezvous) -> tuple[int, ...]:
-    """Rank 0: collect the votes, end the probe, tell everyone; returns the published steps."""
+def _decide(
+    run_dir: Path, probe: Probe, ballot: Ballot, meeting: Rendezvous, begin_history: Callable[[], None]
+) -> Aftermath:
+    """Rank 0: collect the votes, end the probe, set the run directory in order, tell everyone."""
     try:
         try:
             ballot.collect()
             probe.end(meeting.world_size)
         finally:
             probe.remove()
+        recovered = recover(run_dir, next_sequence=next_sequence(run_dir))
+        _mend_links(run_dir, ballot.attempt)
         remove_leftovers(run_dir)
-        steps = tuple(entry.step for entry in list_checkpoints(run_dir, "hf"))
+        steps = steps_by_kind(list_checkpoints(run_dir))
+        begin_history()
     except Exception as error:
         failure = Failure.of(error, rank=0, stage="start")
         ballot.decide(failure)
         raise failure.exception(step=None, path=run_dir) from error
+    aftermath = Aftermath(trouble=None, steps=steps, recovered=recovered)
     ballot.decide(None)
-    ballot.conclude(Aftermath(trouble=None, steps=steps))
-    return steps
+    ballot.conclude(aftermath)
+    return aftermath
+
+
+def _mend_links(run_dir: Path, attempt: str) -> None:
+    """Also of what was not recovered now: a job may have ended between a publication and its link."""
+    try:
+        point_to_newest(run_dir, attempt)
+    except OSError as error:
+        _log.warning("a link to the newest checkpoint cannot be mended: %s", error)

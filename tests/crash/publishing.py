@@ -9,12 +9,14 @@ It prints "published" when that is done, and "failed: <reason>" if anything fail
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
-from stillframe.catalog.directory import list_checkpoints
-from stillframe.catalog.retention import remove, superseded
+from stillframe.catalog.retention import retain
 from stillframe.durable import replace_link
 from stillframe.errors import SaveFailed
+from stillframe.policies import KeepAll, KeepLast, Retention
 from tests.unit.commit.attempts import Attempt, publish
 
 ITEMS = {"model.safetensors": [16, 40, 24]}
@@ -26,7 +28,8 @@ OLDER = Attempt(ITEMS, 2, step=4, attempt="0123456789abcdef.0", salt="older")
 
 def publish_once(run_dir: Path, attempt: Attempt, *, sequence: int, overwrite: bool = False) -> None:
     """As rank 0 does it: publish, then the link, then what is superseded."""
-    publication = attempt.publication(run_dir, overwrite=overwrite)
+    attempt = replace(attempt, overwrite=overwrite)
+    publication = attempt.publication(run_dir)
     try:
         publication.prepare(attempt.inline_files)
         attempt.write(publication.hidden_dir)
@@ -37,8 +40,8 @@ def publish_once(run_dir: Path, attempt: Attempt, *, sequence: int, overwrite: b
     print("published", flush=True)
     replace_link(run_dir / "hf-latest", publication.final_dir.name, attempt.attempt)
     publication.clean_up()
-    for entry in superseded(list_checkpoints(run_dir, "hf"), keep=1):
-        remove(entry, attempt=attempt.attempt)
+    keep = Retention(checkpoints=KeepAll(), exports=KeepLast(1))
+    retain(run_dir, keep, branch="", now=datetime.now(UTC), attempt=attempt.attempt)
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.receipts import decode_receipt
 from stillframe.records import Receipt
 from stillframe.writer.client import WriterClient, WriterError
-from stillframe.writer.messages import decode_receipt
 from tests.unit.writer.held_file import HeldFile
 from tests.unit.writer.saves import (
     SharedArena,
@@ -45,7 +45,7 @@ from tests.unit.writer.saves import SharedArena, make_request
 
 client = WriterClient()
 arena = SharedArena(ARENA)
-client.set_plan(PLAN, arena.fd)
+client.set_plans([PLAN], arena.fd)
 request = make_request(Path(sys.argv[1]), PLAN)
 """
 
@@ -194,7 +194,7 @@ def held_write(
 ) -> Iterator[tuple[HeldFile, Future[Receipt]]]:
     """A write, waited for in another thread, that has got to its second file and is held there."""
     with SharedArena(ARENA) as arena:
-        client.set_plan(PLAN, arena.fd)
+        client.set_plans([PLAN], arena.fd)
     with HeldFile(directory / "second") as held, ThreadPoolExecutor(1) as background:
         request = make_request(directory, PLAN)
         write = background.submit(client.write, request, timeout_s=timeout_s, on_progress=on_progress)
@@ -237,7 +237,7 @@ def test_a_terminated_writer_stops_between_blocks_and_leaves_no_receipt(director
 def test_an_idle_writer_can_be_terminated(directory: Path) -> None:
     with WriterClient() as client:
         with SharedArena(ARENA) as arena:
-            client.set_plan(PLAN, arena.fd)
+            client.set_plans([PLAN], arena.fd)
         pidfd = os.pidfd_open(client.pid)
         os.kill(client.pid, signal.SIGTERM)
         wait_for_exit(pidfd)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.receipts import decode_receipt
 from stillframe.writer.client import WriterClient, WriterError
-from stillframe.writer.messages import decode_receipt
 from tests.unit.writer.saves import (
     SharedArena,
     check_receipt,
@@ -35,7 +35,7 @@ PLAN, ARENA = whole_file_plan(CONTENTS)
 @pytest.fixture
 def client() -> Iterator[WriterClient]:
     with WriterClient() as started, SharedArena(ARENA) as arena:
-        started.set_plan(PLAN, arena.fd)
+        started.set_plans([PLAN], arena.fd)
         yield started
 
 

@@ -21,10 +21,12 @@ PACKAGE_DIR = SOURCE_DIR / "stillframe"
 STAGES = {"state", "layout", "snapshot", "writer", "commit", "catalog", "load", "watch"}
 LEVELS = (
     {"errors"},
-    {"names", "options", "records"},
-    {"durable", "manifest", "provenance", "tree"},
+    {"fields", "names", "records"},
+    {"durable", "manifest", "policies", "provenance", "receipts", "tree"},
+    {"options"},
     STAGES,
-    {"export", "resume", "save", "start"},
+    {"export", "resumable", "save", "start"},
+    {"frames", "resume"},
     {"checkpointer"},
     {"train"},
     {"cli"},

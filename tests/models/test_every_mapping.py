@@ -124,7 +124,9 @@ def laid_out(model: PreTrainedModel, world_size: int) -> dict[str, bytes]:
         plan = plan_huggingface(model, max_shard_bytes=_shard_bytes(model), rank=rank, world_size=world_size, plan_id=1)
         share = plan.share
         arena = Arena(share.plan.arena_bytes)
-        Snapshotter(plan.tensors, share.copies, share.envelopes, arena).copy()
+        snapshotter = Snapshotter(plan.tensors, share.copies, share.envelopes, arena)
+        snapshotter.lay_envelopes()
+        snapshotter.copy()
         memory = arena.bytes.numpy().tobytes()
         arena.close()
         for file in share.plan.files:

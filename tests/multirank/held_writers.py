@@ -14,9 +14,7 @@ import stillframe
 
 
 def writer_pid(ckpt: stillframe.Checkpointer) -> int:
-    export = ckpt._export
-    assert export is not None
-    return export.writer.pid
+    return ckpt.writer_pid
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> None:

@@ -93,7 +93,7 @@ def step_that_exists(run_dir: Path) -> None:
 
 def test_a_step_that_exists_is_refused_at_the_call_and_untouched(tmp_path: Path) -> None:
     run_ranks(2, step_that_exists, tmp_path)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["hf-5", "hf-latest"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["hf-5", "hf-latest", "run.json"]
 
 
 def make_foreign(directory: Path) -> None:
@@ -122,7 +122,7 @@ def step_that_appeared(run_dir: Path) -> None:
 def test_a_directory_of_somebody_else_is_refused_on_every_rank_and_untouched(tmp_path: Path) -> None:
     run_ranks(2, step_that_appeared, tmp_path)
     assert listing(tmp_path / "hf-5") == ["mine.txt"]
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["hf-4", "hf-5", "hf-6", "hf-latest"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["hf-4", "hf-5", "hf-6", "hf-latest", "run.json"]
 
 
 def lack_of_space(run_dir: Path) -> None:
@@ -143,7 +143,7 @@ def lack_of_space(run_dir: Path) -> None:
 def test_a_lack_of_space_is_found_before_anything_is_written(mount_tmpfs: Callable[[str], Path]) -> None:
     run_dir = mount_tmpfs("size=4m")
     run_ranks(2, lack_of_space, run_dir)
-    assert sorted(path.name for path in run_dir.iterdir()) == ["hf-2", "hf-latest"]
+    assert sorted(path.name for path in run_dir.iterdir()) == ["hf-2", "hf-latest", "run.json"]
     assert listing(run_dir / "hf-2") == CHECKPOINT
 
 
@@ -196,7 +196,7 @@ def different_steps(run_dir: Path) -> None:
 
 def test_ranks_that_save_different_steps_all_learn_it_and_can_go_on(tmp_path: Path) -> None:
     run_ranks(2, different_steps, tmp_path)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["hf-12", "hf-latest"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["hf-12", "hf-latest", "run.json"]
 
 
 def save_without(run_dir: Path, absent: int) -> None:
@@ -214,7 +214,7 @@ def save_without(run_dir: Path, absent: int) -> None:
 @pytest.mark.parametrize("absent", [0, 1])
 def test_a_rank_that_does_not_call_is_named_and_can_join_the_next_save(tmp_path: Path, absent: int) -> None:
     run_ranks(2, save_without, tmp_path, absent)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["hf-2", "hf-latest"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["hf-2", "hf-latest", "run.json"]
 
 
 def model_that_turns_bad(run_dir: Path) -> None:
@@ -249,7 +249,7 @@ def model_that_turns_bad(run_dir: Path) -> None:
             ckpt.save_hf(2)
         model.lm_head.weight = head
         dist.barrier()
-        assert [path.name for path in sorted(run_dir.iterdir())] == ["hf-1", "hf-latest"]
+        assert [path.name for path in sorted(run_dir.iterdir())] == ["hf-1", "hf-latest", "run.json"]
         dist.barrier()
         ckpt.save_hf(2)
 

@@ -15,6 +15,7 @@ from torch import nn
 
 import stillframe
 from stillframe.errors import SaveFailed, StillframeError
+from stillframe.frames import Part, What
 from stillframe.snapshot.arena import Arena
 from stillframe.testing import run_process
 from stillframe.testing.models import tiny_qwen3
@@ -37,16 +38,16 @@ def _save_from_a_signal_handler(run_dir: Path) -> None:
 
         signal.signal(signal.SIGUSR1, handler)
         # The snapshot looks at the tensors' modules: a hook there is in the middle of the call.
-        original = ckpt._live_export().snapshot
+        original = ckpt._live_frames().take
 
-        def interrupted() -> object:
+        def interrupted(what: What, *, train_state: bytes) -> tuple[Part, ...]:
             os.kill(os.getpid(), signal.SIGUSR1)
-            return original()
+            return original(what, train_state=train_state)
 
-        ckpt._live_export().snapshot = interrupted  # type: ignore[method-assign, assignment]
+        ckpt._live_frames().take = interrupted  # type: ignore[method-assign]
         ckpt.save_hf(1)
         assert len(refused) == 1
-    assert sorted(path.name for path in run_dir.iterdir()) == ["hf-1", "hf-latest"]
+    assert sorted(path.name for path in run_dir.iterdir()) == ["hf-1", "hf-latest", "run.json"]
 
 
 def test_a_save_from_a_signal_handler_in_the_middle_of_another_is_refused(tmp_path: Path) -> None:
@@ -81,8 +82,7 @@ def _no_memory_for_a_while(run_dir: Path) -> None:
         ):
             Arena(1 << 46)
         model.lm_head = nn.Linear(56, 4000)
-        export = ckpt._live_export()
-        export._free_arena()  # what a plan does before it asks for a larger one
+        ckpt._live_frames()._free_arena()  # what a plan does before it asks for a larger one
         model.lm_head = head
         ckpt.save_hf(1)
     model.save_pretrained(run_dir / "reference")

@@ -198,7 +198,7 @@ def test_a_published_step_is_refused_or_replaced_in_one_step(tmp_path: Path) -> 
     assert seen == sorted(seen)
     assert len(set(seen)) > 1, "the reader saw replacements happen"
     assert set(_values(run_dir / "hf-5")) == {19.0}
-    assert sorted(p.name for p in run_dir.iterdir()) == ["hf-5", "hf-latest"]
+    assert sorted(p.name for p in run_dir.iterdir()) == ["hf-5", "hf-latest", "run.json"]
 
 
 def _without_distributed(run_dir: Path) -> tuple[Path, Path]:
@@ -282,4 +282,4 @@ def _keep_two(run_dir: Path) -> None:
 def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     (tmp_path / "hf-5").mkdir()  # not ours: no manifest
     run_ranks(2, _keep_two, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf-20", "hf-30", "hf-5", "hf-latest"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf-20", "hf-30", "hf-5", "hf-latest", "run.json"]

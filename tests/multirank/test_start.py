@@ -342,7 +342,7 @@ def leave_out(run_dir: Path, absent: int) -> dict[str, int]:
 @pytest.mark.parametrize(("world_size", "absent"), [(2, 1), (3, 2), (2, 0)])
 def test_a_rank_that_makes_no_checkpointer_is_named(tmp_path: Path, world_size: int, absent: int) -> None:
     assert run_ranks(world_size, leave_out, tmp_path / "run", absent) == [{}] * world_size
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["hf-1", "hf-latest"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["hf-1", "hf-latest", "run.json"]
 
 
 def die_in_the_middle(run_dir: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ MANIFEST = Manifest(
         "a.weight": TensorEntry(file="model.safetensors", offset=8, size=64, crc64nvme="f" * 16),
         "empty": TensorEntry(file="model.safetensors", offset=72, size=0, crc64nvme="0" * 16),
     },
+    branch="main",
+    metrics={"loss": 0.5},
 )
 
 counts = st.integers(min_value=0, max_value=2**63)
@@ -63,6 +67,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
         balance=draw(st.floats(0, 10**9)),
         files=files,
         tensors=tensors,
+        branch=draw(texts),
+        metrics=draw(st.dictionaries(texts, st.floats(allow_nan=False, allow_infinity=False), max_size=3)),
     )
 
 
@@ -120,12 +126,16 @@ def places(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 FIELDS = json.loads(encode_manifest(MANIFEST))
+OPTIONAL = [("files", "config.json"), ("branch",), ("metrics",)]
 
 
 @given(st.sampled_from(places(FIELDS)), json_values)
 @example(("balance",), 10**400)
 @example(("balance",), float("nan"))
 @example(("files", "model.safetensors", "size"), -1)
+@example(("metrics", "loss"), None)
+@example(("metrics", "loss"), 10**400)
+@example(("metrics", "loss"), float("inf"))
 def test_any_field_of_any_other_kind_is_refused_or_harmless(place: tuple[str, ...], value: Any) -> None:
     fields = json.loads(json.dumps(FIELDS))
     holder = fields
@@ -135,7 +145,8 @@ def test_any_field_of_any_other_kind_is_refused_or_harmless(place: tuple[str, ..
     with contextlib.suppress(CorruptCheckpoint):
         manifest = decode_manifest(json.dumps(fields).encode(), PATH)
         # What is accepted is a manifest: it can be written again, and is then the same.
-        assert decode_manifest(encode_manifest(manifest), PATH) == manifest
+        again = decode_manifest(encode_manifest(manifest), PATH)
+        assert repr(again) == repr(manifest)  # in which, unlike in ==, NaN is NaN
 
 
 @pytest.mark.parametrize("place", places(FIELDS), ids="/".join)
@@ -145,7 +156,7 @@ def test_a_missing_field_is_refused_unless_it_is_an_entry_of_its_own(place: tupl
     for key in place[:-1]:
         holder = holder[key]
     del holder[place[-1]]
-    optional = place[:-1] in (("versions",), ("tensors",)) or place == ("files", "config.json")
+    optional = place[:-1] in (("versions",), ("tensors",), ("metrics",)) or place in OPTIONAL
     if optional:
         assert decode_manifest(json.dumps(fields).encode(), PATH) != MANIFEST
     else:
@@ -162,6 +173,10 @@ def test_a_missing_field_is_refused_unless_it_is_an_entry_of_its_own(place: tupl
         (("files", "config.json", "crc64nvme"), "0x", "not 16 hexadecimal digits"),
         (("step",), -5, "step is -5"),
         (("step",), True, "step is a bool, not a int"),
+        (("branch",), None, "branch is a NoneType, not a str"),
+        (("metrics", "loss"), "0.5", "the metric 'loss' is '0.5'"),
+        (("metrics", "loss"), float("nan"), "the metric 'loss' is nan"),
+        (("metrics", "loss"), True, "the metric 'loss' is True"),
     ],
 )
 def test_a_contradiction_is_refused_and_named(place: tuple[str, ...], value: Any, said: str) -> None:
@@ -172,6 +187,21 @@ def test_a_contradiction_is_refused_and_named(place: tuple[str, ...], value: Any
     holder[place[-1]] = value
     with pytest.raises(CorruptCheckpoint, match=said):
         decode_manifest(json.dumps(fields).encode(), PATH)
+
+
+def test_a_manifest_from_before_there_were_branches_and_metrics_has_none() -> None:
+    fields = {name: value for name, value in FIELDS.items() if name not in ("branch", "metrics")}
+    manifest = decode_manifest(json.dumps(fields).encode(), PATH)
+    assert manifest == replace(MANIFEST, branch="", metrics={})
+
+
+def test_a_metric_that_is_not_finite_does_not_cost_the_checkpoint() -> None:
+    content = encode_manifest(replace(MANIFEST, metrics={"loss": float("inf"), "other": float("nan"), "good": 1.5}))
+    assert json.loads(content, parse_constant=pytest.fail)["metrics"] == {"loss": None, "other": None, "good": 1.5}
+    metrics = decode_manifest(content, PATH).metrics
+    assert math.isnan(metrics["loss"])
+    assert math.isnan(metrics["other"])
+    assert metrics["good"] == 1.5
 
 
 def test_a_directory_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:

@@ -27,7 +27,10 @@ def test_names_of_other_states_are_never_taken_for_published_ones(step: int, att
     retired = names.retired_path(RUN, "hf", step, attempt).name
     complete = names.complete_path(RUN, "hf", step, attempt).name
     assert names.is_retired(retired)
-    assert names.parse_complete(complete) == ("hf", step)
+    assert names.parse_complete(complete) == ("hf", step, attempt)
+    assert names.parse_incomplete(names.incomplete_path(RUN, "hf", step).name) == ("hf", step)
+    assert names.parse_incomplete(complete) is None
+    assert names.parse_complete(names.incomplete_path(RUN, "hf", step).name) is None
     assert names.parse_complete(retired) is None
     assert not names.is_retired(complete)
     for name in (retired, complete, names.incomplete_path(RUN, "hf", step).name, names.latest_path(RUN, "hf").name):
@@ -78,9 +81,25 @@ def test_what_is_nearly_a_published_name_is_none(name: str) -> None:
 )
 def test_what_is_nearly_the_name_of_a_leftover_is_none(name: str, state: str) -> None:
     assert names.is_retired(".hf-5.retired-0123456789abcdef.1")
-    assert names.parse_complete(".hf-5.complete-0123456789abcdef.1") == ("hf", 5)
+    assert names.parse_complete(".hf-5.complete-0123456789abcdef.1") == ("hf", 5, "0123456789abcdef.1")
     assert not names.is_retired(name.format(state))
     assert names.parse_complete(name.format(state)) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf-5.incomplete",
+        ".hf-05.incomplete",
+        ".hf-5.incomplete\n",
+        ".hf-5.Incomplete",
+        ".hf-.incomplete",
+        ".x-5.incomplete",
+    ],
+)
+def test_what_is_nearly_the_name_of_an_attempts_directory_is_none(name: str) -> None:
+    assert names.parse_incomplete(".checkpoint-5.incomplete") == ("checkpoint", 5)
+    assert names.parse_incomplete(name) is None
 
 
 def test_an_attempts_own_files_are_inside_its_work_directory() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from stillframe.errors import OptionError
 from stillframe.options import CheckpointerOptions, run_directory
+from stillframe.policies import KeepAll, KeepEvery, KeepLast, Retention, RetentionPolicy
 
 RUN = Path("/run")
 
@@ -44,10 +45,19 @@ def with_size(size: Any) -> int:
         ("max_shard_size", "٥GB"),
         ("max_shard_size", "9" * 400 + "GB"),  # no float holds it
         ("hf_max_keep", 0),
-        ("hf_max_keep", -1),
+        ("hf_max_keep", -2),
         ("hf_max_keep", True),
         ("hf_max_keep", 1.5),
         ("hf_max_keep", "3"),
+        ("checkpoint_maxkeep", 0),
+        ("checkpoint_maxkeep", -2),
+        ("checkpoint_maxkeep", False),
+        ("keep_hf", 3),
+        ("keep_hf", KeepLast),
+        ("keep_checkpoints", (KeepLast(3),)),
+        ("hf_export", None),
+        ("save_frozen", 1),
+        ("publish_together", "yes"),
         ("save_timeout_s", 0),
         ("save_timeout_s", -1.0),
         ("save_timeout_s", True),
@@ -67,6 +77,43 @@ def test_an_illegal_option_is_refused_by_name_and_value(name: str, value: Any) -
         CheckpointerOptions(**options)
     assert name in str(caught.value)
     assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(("number", "rule"), [(None, KeepAll()), (-1, KeepAll()), (1, KeepLast(1)), (3, KeepLast(3))])
+def test_a_number_to_keep_is_a_rule(number: int | None, rule: RetentionPolicy) -> None:
+    for_exports = CheckpointerOptions(run_dir=RUN, hf_max_keep=number, checkpoint_maxkeep=7).retention
+    assert for_exports == Retention(exports=rule, checkpoints=KeepLast(7))
+    for_checkpoints = CheckpointerOptions(run_dir=RUN, checkpoint_maxkeep=number).retention
+    assert for_checkpoints == Retention(exports=KeepAll(), checkpoints=rule)
+
+
+def test_a_rule_stands_for_itself() -> None:
+    rule = KeepLast(2) | KeepEvery(100)
+    options = CheckpointerOptions(run_dir=RUN, keep_hf=KeepEvery(7), keep_checkpoints=rule)
+    assert options.retention == Retention(exports=KeepEvery(7), checkpoints=rule)
+
+
+@pytest.mark.parametrize("number", [-1, 1])
+@pytest.mark.parametrize(
+    ("number_name", "rule_name"), [("hf_max_keep", "keep_hf"), ("checkpoint_maxkeep", "keep_checkpoints")]
+)
+def test_a_number_and_a_rule_are_one_too_many(number: int, number_name: str, rule_name: str) -> None:
+    options: dict[str, Any] = {number_name: number, rule_name: KeepLast(2)}
+    with pytest.raises(OptionError, match=f"{number_name}={number} and {rule_name} are two ways"):
+        CheckpointerOptions(run_dir=RUN, **options)
+
+
+@pytest.mark.parametrize("name", ["hf_max_keep", "checkpoint_maxkeep"])
+def test_keeping_none_is_refused_with_what_there_is_instead(name: str) -> None:
+    options: dict[str, Any] = {name: 0}
+    with pytest.raises(OptionError, match=f"{name} must be .*not 0: the newest always stays, and 1 keeps it alone"):
+        CheckpointerOptions(run_dir=RUN, **options)
+
+
+def test_without_exports_nothing_can_be_published_together() -> None:
+    assert CheckpointerOptions(run_dir=RUN, hf_export=False).publish_together is False
+    with pytest.raises(OptionError, match="publish_together has no effect with hf_export=False"):
+        CheckpointerOptions(run_dir=RUN, hf_export=False, publish_together=True)
 
 
 @pytest.mark.parametrize(

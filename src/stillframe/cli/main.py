@@ -106,14 +106,19 @@ def _add_list(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser(
         "list",
         help="list the published checkpoints of a run directory",
-        description="List the checkpoints of RUN_DIR that are published, and so complete; the latest is last.",
+        description=(
+            "List the exports, checkpoints and snapshots of RUN_DIR that are published, and so complete; the latest is "
+            "last. Times are local."
+        ),
+        epilog="What is kept, and the fields of --json: docs/retention.md.",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run directory")
+    parser.add_argument("--json", action="store_true", help="print a JSON array, for programs")
     parser.set_defaults(command=_list)
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from stillframe.cli.listing import format_checkpoints
+    from stillframe.cli.listing import checkpoints_as_json, format_checkpoints
 
-    sys.stdout.write(format_checkpoints(arguments.run_dir))
+    sys.stdout.write((checkpoints_as_json if arguments.json else format_checkpoints)(arguments.run_dir))
     return 0

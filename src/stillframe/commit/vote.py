@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from stillframe.commit.failure import Failure, in_words
 from stillframe.commit.rendezvous import Rendezvous
 from stillframe.errors import SaveFailed, SaveTimeout
+from stillframe.records import Recovered
 
 _FAILURE_GRACE_S = 60.0
 _LONGEST_DECISION_S = 60.0
@@ -38,11 +39,13 @@ class Vote:
 class Aftermath:
     """What rank 0 did after publishing: `trouble` if that failed (the checkpoint is published all the same).
 
-    `steps` are the published steps of the kind, after retention.
+    `steps` are the published steps after retention, by kind: after a save those of its kind, at the start of all.
+    `recovered` is what the start did with what ended jobs had left.
     """
 
     trouble: Failure | None
-    steps: tuple[int, ...]
+    steps: Mapping[str, tuple[int, ...]]
+    recovered: tuple[Recovered, ...] = ()
 
 
 class Ballot:
@@ -66,19 +69,23 @@ class Ballot:
         """What names the attempt in keys, files and the manifest; known for good once it is open."""
         return f"{self._meeting.nonce}.{self._number}"
 
-    def successor(self, *, step: int, path: Path) -> Ballot:
+    def successor(self, *, step: int | None, path: Path) -> Ballot:
         """The ballot of the next attempt. One that rank 0 never opened does not count."""
         number = self._number + 1 if self._opened or self._meeting.rank == 0 else self._number
         return Ballot(self._meeting, step=step, path=path, timeout_s=self._timeout_s, number=number)
 
-    def open(self, failure: Failure | None, *, layout_digest: str | None = None) -> None:
-        """Rank 0: the directory is ready for the writers, who must have this layout; or it will never be."""
+    def open(self, failure: Failure | None, *, layout_digest: str | None = None, note: str | None = None) -> None:
+        """Rank 0: the directory is ready for the writers, who must have this layout; or it will never be.
+
+        `note` is what rank 0 has to say besides, to every rank.
+        """
         self._opened = True
         told = None if failure is None else asdict(failure)
-        self._set("open", {"step": self._step, "layout_digest": layout_digest, "failure": told})
+        self._set("open", {"step": self._step, "layout_digest": layout_digest, "failure": told, "note": note})
 
-    def await_open(self, *, layout_digest: str | None = None) -> None:
-        """Block until rank 0 opened the attempt. `layout_digest` is that of this rank, None if it has none to compare.
+    def await_open(self, *, layout_digest: str | None = None) -> str | None:
+        """Block until rank 0 opened the attempt, and return its note. `layout_digest` is that of this rank, None if it
+        has none to compare.
 
         Raises SaveFailed with rank 0's reason if it could not, or if rank 0 saves another step or layout than this
         rank: nothing may be written then, and the attempt fails on all ranks.
@@ -99,6 +106,8 @@ class Ballot:
             failure = Failure(error="SaveFailed", rank=own.rank, stage="vote", reason=reason)
             self.cast(replace(own, failure=failure))
             raise failure.exception(step=self._step, path=self._path)
+        note: str | None = answer["note"]
+        return note
 
     def cast(self, vote: Vote) -> None:
         with self._reaching_rank_0():
@@ -141,13 +150,16 @@ class Ballot:
 
     def conclude(self, aftermath: Aftermath) -> None:
         """Rank 0, after a verdict without failure: the last word on this attempt."""
-        self._set("aftermath", asdict(aftermath))
+        recovered = [asdict(directory) | {"path": str(directory.path)} for directory in aftermath.recovered]
+        self._set("aftermath", asdict(aftermath) | {"recovered": recovered})
 
     def await_aftermath(self) -> Aftermath:
         """Block until rank 0 is done with the attempt."""
         fields = self._get("aftermath", self._timeout_s + self._decision_s, "to remove what is superseded")
         trouble = None if fields["trouble"] is None else Failure(**fields["trouble"])
-        return Aftermath(trouble=trouble, steps=tuple(fields["steps"]))
+        steps = {kind: tuple(published) for kind, published in fields["steps"].items()}
+        recovered = tuple(Recovered(**entry | {"path": Path(entry["path"])}) for entry in fields["recovered"])
+        return Aftermath(trouble=trouble, steps=steps, recovered=recovered)
 
     def acknowledge(self) -> None:
         """This rank has heard all that it waits for and needs the store no more for this attempt."""

@@ -118,6 +118,10 @@ def _refuse_unsupported(key: str, tensor: torch.Tensor) -> None:
         )
     if local.device.type == "meta":
         raise UnsupportedModel(f"{key}: has no values yet (meta device)")
+    try:
+        envelope(local.dtype, ())
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{key}: {error}") from error
 
 
 def _chunks_by_rank(

@@ -139,15 +139,22 @@ def _plan(
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The model inside of DDP and `torch.compile` wrappers. Raises UnsupportedModel if it is no PreTrainedModel."""
-    inner: Any = model
-    while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
-        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
+    inner = unwrapped_module(model)
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModel(
             f"{type(inner).__name__} is not a transformers PreTrainedModel; only those have a Hugging Face "
             "directory to save to and load from"
         )
     return inner
+
+
+def unwrapped_module(model: nn.Module) -> nn.Module:
+    """The module inside of DDP and `torch.compile` wrappers."""
+    inner: Any = model
+    while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
+        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
+    module: nn.Module = inner
+    return module
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:

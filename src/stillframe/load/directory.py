@@ -1,8 +1,5 @@
 """Which files of a Hugging Face directory hold the weights, opened and checked against each other.
 
-Everything is reached through one descriptor of the directory, so that a link that moves on (`hf-latest`), or a rename
-in the middle, cannot mix two checkpoints. Links to single files are followed: the Hub's cache consists of them.
-
 Sources: transformers `modeling_utils.py` (`_get_resolved_checkpoint_files`: which file wins), `utils/hub.py`
 (`get_checkpoint_shard_files`: the index).
 """
@@ -11,21 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from stillframe.errors import CorruptCheckpoint, LoadError, NotACheckpoint
+from stillframe.errors import CorruptCheckpoint, NotACheckpoint
+from stillframe.load.folder import Folder, is_inside, listed, open_folder, read_fully
 from stillframe.load.safetensors import LENGTH_BYTES, StoredTensor, header_length, parse_header
 from stillframe.manifest import decode_manifest
 from stillframe.names import MANIFEST_NAME
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_MAX_JSON_BYTES = 1_000_000_000
-_LISTED = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +41,7 @@ def open_weights(directory: Path) -> Iterator[tuple[WeightFile, ...]]:
     files are truncated or contradict themselves, the index or `stillframe.json`.
     """
     with ExitStack() as stack:
-        place = _Directory(directory, _open_directory(directory))
-        stack.callback(os.close, place.descriptor)
+        place = stack.enter_context(open_folder(directory))
         weight_map = _weight_map(place)
         names = sorted(set(weight_map.values())) if weight_map is not None else [WEIGHTS_NAME]
         opened: dict[str, int] = {}
@@ -70,72 +64,7 @@ def open_weights(directory: Path) -> Iterator[tuple[WeightFile, ...]]:
         yield files
 
 
-def listed(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    shown = ", ".join(names[:_LISTED])
-    return shown if len(names) <= _LISTED else f"{shown}, and {len(names) - _LISTED} more"
-
-
-def read_fully(path: Path, descriptor: int, offset: int, length: int) -> bytes:
-    """`length` bytes from `offset`; raises CorruptCheckpoint where the file ends before."""
-    parts, position = [], offset
-    while position < offset + length:
-        try:
-            part = os.pread(descriptor, offset + length - position, position)
-        except OSError as error:
-            raise LoadError(f"{path}: cannot read bytes {position} to {offset + length}: {error}") from error
-        if not part:
-            raise CorruptCheckpoint(f"{path}: ends at byte {position}, before byte {offset + length}; it is truncated")
-        parts.append(part)
-        position += len(part)
-    return b"".join(parts)
-
-
-@dataclass(frozen=True, slots=True)
-class _Directory:
-    path: Path
-    descriptor: int
-
-    def open_file(self, name: str) -> int:
-        """Open a regular file for reading. Raises FileNotFoundError, or CorruptCheckpoint for what is no file."""
-        # Without O_NONBLOCK, opening a named pipe would wait for somebody to write into it.
-        descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self.descriptor)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise CorruptCheckpoint(f"{self.path / name}: is not a regular file")
-        return descriptor
-
-    def read_small(self, name: str) -> bytes | None:
-        """The content of a JSON file, or None if there is no such file."""
-        try:
-            descriptor = self.open_file(name)
-        except FileNotFoundError:
-            return None
-        try:
-            size = os.fstat(descriptor).st_size
-            if size > _MAX_JSON_BYTES:
-                raise CorruptCheckpoint(f"{self.path / name}: has {size} bytes, more than any such file needs")
-            return read_fully(self.path / name, descriptor, 0, size)
-        finally:
-            os.close(descriptor)
-
-
-def _open_directory(directory: Path) -> int:
-    try:
-        hidden = [name for name in (directory.name, directory.resolve(strict=True).name) if name.startswith(".")]
-        if hidden and directory.is_dir():
-            raise NotACheckpoint(
-                f"{directory}: {hidden[0]} is hidden, so it was never published and may be incomplete; "
-                "load a published one (hf-latest, hf-<step>), or rename it if it is something else"
-            )
-        return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise NotACheckpoint(f"{directory}: does not exist") from error
-    except NotADirectoryError as error:
-        raise NotACheckpoint(f"{directory}: is not a directory; give the directory that holds the weights") from error
-
-
-def _weight_map(place: _Directory) -> dict[str, str] | None:
+def _weight_map(place: Folder) -> dict[str, str] | None:
     """Key -> file name of a sharded checkpoint, or None where all weights are in one file."""
     content = place.read_small(INDEX_NAME)
     names = set(os.listdir(place.descriptor))  # noqa: PTH208 - a Path cannot list what a descriptor stands for
@@ -161,8 +90,7 @@ def _parse_index(content: bytes, path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
         raise CorruptCheckpoint(f"{path}: has no weight_map that maps keys to file names")
     for key, name in weight_map.items():
-        parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+        if not is_inside(name):
             raise CorruptCheckpoint(f"{path}: {key!r} is said to be in {name!r}, which is outside of the directory")
     return weight_map
 
@@ -178,7 +106,7 @@ def _instead(names: set[str]) -> str:
     return f", but {listed(others)}, which is no name that from_pretrained loads" if others else ""
 
 
-def _check_manifest(place: _Directory, sizes: Mapping[str, int]) -> None:
+def _check_manifest(place: Folder, sizes: Mapping[str, int]) -> None:
     """Where stillframe published the directory, every file of weights must have the size it was published with."""
     content = place.read_small(MANIFEST_NAME)
     if content is None:

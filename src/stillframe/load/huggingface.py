@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from stillframe.errors import ModelMismatch, UnsupportedModel
 from stillframe.layout.huggingface import unwrapped
-from stillframe.layout.placement import Holding, Holdings
+from stillframe.layout.placement import Holding
 from stillframe.layout.runs import Runs, overlap
-from stillframe.load.directory import WeightFile, listed, open_weights
+from stillframe.load.directory import WeightFile, open_weights
+from stillframe.load.folder import listed
 from stillframe.load.keys import load_keys
+from stillframe.load.local import local_part, local_runs, own_holdings
 from stillframe.load.matching import Match, Target, match
 from stillframe.load.reading import Reader
 
@@ -68,12 +68,12 @@ def load_hf(directory: str | os.PathLike[str], model: nn.Module, *, strict: bool
     inner = _loadable(unwrapped(model))
     with open_weights(Path(directory)) as files:
         found, reader = _plan(Path(directory), files, inner, strict)
-        holdings = _holdings()
+        holdings = own_holdings()
         # A buffer, too, is held by every rank: each must get its values.
         held = {t.name: holdings.of(t.name, t.tensor, is_parameter=True) for t in found.targets}
         for target in found.targets:
             _check_ties(Path(directory), reader, target, held[target.name])
-        work = [(target, _local_runs(target.runs, held[target.name])) for target in found.targets]
+        work = [(target, local_runs(target.runs, held[target.name])) for target in found.targets]
         work = [(target, runs) for target, runs in work if len(runs)]
         for target, runs in sorted(work, key=lambda pair: reader.position(pair[1])):
             _fill(reader, target.tensor, runs)
@@ -96,7 +96,7 @@ def _plan(directory: Path, files: Sequence[WeightFile], model: PreTrainedModel, 
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if strange:
         raise UnsupportedModel(f"{type(model).__name__}: not tensors, so not in safetensors files: {listed(strange)}")
-    empty = [name for name, tensor in state.items() if _local(tensor).device.type == "meta"]
+    empty = [name for name, tensor in state.items() if local_part(tensor).device.type == "meta"]
     if empty:
         raise UnsupportedModel(
             f"{type(model).__name__}: {len(empty)} tensors are on the meta device and cannot take values: "
@@ -112,27 +112,9 @@ def _plan(directory: Path, files: Sequence[WeightFile], model: PreTrainedModel, 
     return found, Reader(files, keys.sources)
 
 
-def _holdings() -> Holdings:
-    distributed = dist.is_available() and dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    return Holdings(rank=rank, world_size=world_size)
-
-
-def _local_runs(runs: Runs, held: Holding) -> Runs:
-    """The part of `runs`, over a whole tensor, that this rank holds, as runs over its local tensor."""
-    mine = held.runs
-    a, b, start, length = overlap(runs.start, runs.length, mine.start, mine.length)
-    into = mine.source_start[b] + (start - mine.start[b])
-    return Runs(into, runs.source[a], runs.source_start[a] + (start - runs.start[a]), length)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
 @torch.no_grad()
 def _fill(reader: Reader, tensor: torch.Tensor, runs: Runs) -> None:
-    local = _local(tensor).detach()
+    local = local_part(tensor).detach()
     if local.is_contiguous():
         reader.fill(local.view(-1), runs)
     else:
@@ -158,8 +140,8 @@ def _check_ties(directory: Path, reader: Reader, target: Target, held: Holding) 
 
 def _pieces(target: Target, runs: Runs, held: Holding) -> Iterator[tuple[int, Runs]]:
     """The local part of `runs` cut into pieces of bounded size: `(elements, runs over the piece)`."""
-    local = _local_runs(runs, held)
-    elements = _local(target.tensor).numel()
+    local = local_runs(runs, held)
+    elements = local_part(target.tensor).numel()
     lows = np.arange(0, elements, _COMPARED_ELEMENTS, dtype=np.int64)
     for low in lows.tolist():
         size = min(_COMPARED_ELEMENTS, elements - low)

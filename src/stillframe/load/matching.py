@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from stillframe.layout.keys import address
 from stillframe.layout.runs import Runs
-from stillframe.load.directory import listed
+from stillframe.load.folder import listed
 from stillframe.load.keys import LoadKeys
 from stillframe.load.safetensors import StoredTensor
 

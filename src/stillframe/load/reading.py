@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -142,28 +143,38 @@ class Reader:
                 flat[t : t + n].copy_(values[o : o + n])
 
     def _read_into(self, file: int, offset: int, places: list[memoryview]) -> None:
-        """Read consecutive bytes of a file into `places`, one after the other."""
-        path, descriptor = self._files[file].path, self._files[file].descriptor
-        waiting = list(reversed(places))
-        while waiting:
-            batch: list[memoryview] = []
-            batch_bytes = 0
-            while waiting and len(batch) < _MAX_BUFFERS and batch_bytes < self._max_read_bytes:
-                place, room = waiting.pop(), self._max_read_bytes - batch_bytes
-                if len(place) > room:
-                    waiting.append(place[room:])
-                    place = place[:room]
-                batch.append(place)
-                batch_bytes += len(place)
-            try:
-                got = os.preadv(descriptor, batch, offset)
-            except OSError as error:
-                raise LoadError(f"{path}: cannot read {batch_bytes} bytes from byte {offset}: {error}") from error
-            if not got:
-                raise CorruptCheckpoint(f"{path}: ended at byte {offset} while it was being read")
-            offset += got
-            self.bytes_read += got
-            waiting.extend(reversed(left_to_read(batch, got)))
+        opened = self._files[file]
+        self.bytes_read += read_into(opened.path, opened.descriptor, offset, places, self._max_read_bytes)
+
+
+def read_into(
+    path: Path, descriptor: int, offset: int, places: Sequence[memoryview], max_read_bytes: int = _MAX_READ_BYTES
+) -> int:
+    """Read consecutive bytes of a file into `places`, one after the other; returns how many they are.
+
+    Raises CorruptCheckpoint where the file ends before, LoadError where reading fails.
+    """
+    waiting = [place for place in reversed(places) if len(place)]
+    begin = offset
+    while waiting:
+        batch: list[memoryview] = []
+        batch_bytes = 0
+        while waiting and len(batch) < _MAX_BUFFERS and batch_bytes < max_read_bytes:
+            place, room = waiting.pop(), max_read_bytes - batch_bytes
+            if len(place) > room:
+                waiting.append(place[room:])
+                place = place[:room]
+            batch.append(place)
+            batch_bytes += len(place)
+        try:
+            got = os.preadv(descriptor, batch, offset)
+        except OSError as error:
+            raise LoadError(f"{path}: cannot read {batch_bytes} bytes from byte {offset}: {error}") from error
+        if not got:
+            raise CorruptCheckpoint(f"{path}: ended at byte {offset} while it was being read")
+        offset += got
+        waiting.extend(reversed(left_to_read(batch, got)))
+    return offset - begin
 
 
 def left_to_read(places: list[memoryview], got: int) -> list[memoryview]:

@@ -28,14 +28,18 @@ class Snapshotter:
         used = {copy.tensor for copy in copies}
         self._tensors = {name: tensor for name, tensor in tensors.items() if name in used}
         self._targets = [_target(arena, copy, self._tensors[copy.tensor].dtype) for copy in copies]
-        for envelope in envelopes:
-            content = torch.frombuffer(bytearray(envelope.content), dtype=torch.uint8)
-            arena.bytes[envelope.arena_offset : envelope.arena_offset + len(content)].copy_(content)
+        self._envelopes = envelopes
         self.staged_bytes = sum(t.nbytes for t in self._targets) + sum(len(e.content) for e in envelopes)
+
+    def lay_envelopes(self) -> None:
+        """Put the bytes that are known from the layout into the arena; once, until somebody else has used it."""
+        for envelope in self._envelopes:
+            content = torch.frombuffer(bytearray(envelope.content), dtype=torch.uint8)
+            self._arena.bytes[envelope.arena_offset : envelope.arena_offset + len(content)].copy_(content)
 
     @torch.no_grad()
     def copy(self) -> None:
-        """Copy every byte of this rank's share into the arena; when it returns, the tensors may change again.
+        """Copy this rank's share of the tensors into the arena; when it returns, the tensors may change again.
 
         Blocks for the copy. Ordered after all work queued on the current stream of the tensors' device.
         """

@@ -16,9 +16,11 @@ class SaveProgress:
     """A save in flight, as this rank sees it.
 
     `state`: "staged" (in the arena, being written), "written" (this rank's share is on disk and fsynced; others may
-    still write), "published" (the checkpoint has its final name). Bytes are this rank's.
+    still write), "published" (the checkpoint has its final name). Bytes are this rank's. `kind`: "hf", "checkpoint",
+    "snapshot" or "step", as in the directory's name.
     """
 
+    kind: str
     step: int
     state: State
     bytes_done: int
@@ -30,10 +32,12 @@ class SaveReport:
     """A published save, as this rank saw it. Times are seconds since the call.
 
     `stall_s` is how long the call held the training thread, of which `wait_s` was for the save before it.
-    `staged_bytes` were copied by this rank. `written_s`: this rank's share was fsynced; `published_s`: the checkpoint
+    `staged_bytes` were copied by this rank; of a checkpoint and an export that were copied together, both reports have
+    all of them. `written_s`: this rank's share was fsynced; `published_s`: the checkpoint
     has its final name and this rank knows.
     """
 
+    kind: str
     step: int
     path: Path
     staged_bytes: int
@@ -46,10 +50,12 @@ class SaveReport:
 class Tracker:
     """Follows one save; written to by the training thread, then by the save's own thread, read by anyone."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, kind: str, step: int) -> None:
         self._lock = threading.Lock()
         self._begin = time.monotonic()
+        self._kind = kind
         self._step = step
+        self._staged_bytes = 0
         self._state: State = "staged"
         self._bytes = (0, 0)
         self._wait_s = self._stall_s = self._written_s = self._published_s = 0.0
@@ -57,7 +63,8 @@ class Tracker:
     def waited(self) -> None:
         self._wait_s = time.monotonic() - self._begin
 
-    def staged(self) -> None:
+    def staged(self, staged_bytes: int) -> None:
+        self._staged_bytes = staged_bytes
         self._stall_s = time.monotonic() - self._begin
 
     def wrote(self, bytes_done: int, bytes_total: int) -> None:
@@ -77,14 +84,15 @@ class Tracker:
     def progress(self) -> SaveProgress:
         with self._lock:
             done, total = self._bytes
-            return SaveProgress(step=self._step, state=self._state, bytes_done=done, bytes_total=total)
+            return SaveProgress(kind=self._kind, step=self._step, state=self._state, bytes_done=done, bytes_total=total)
 
-    def report(self, path: Path, staged_bytes: int) -> SaveReport:
+    def report(self, path: Path) -> SaveReport:
         with self._lock:
             return SaveReport(
+                kind=self._kind,
                 step=self._step,
                 path=path,
-                staged_bytes=staged_bytes,
+                staged_bytes=self._staged_bytes,
                 wait_s=self._wait_s,
                 stall_s=self._stall_s,
                 written_s=self._written_s,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from awscrt.checksums import crc64nvme
 
+from stillframe.receipts import encode_receipt
 from stillframe.records import FileReceipt, InlineFile, Receipt, WritePlan, WriteRequest, WrittenExtent
 from stillframe.writer.blocks import FileBlocks, cut_blocks
 from stillframe.writer.directory import OpenDirectory
 from stillframe.writer.files import BLOCK_BYTES, Stopped, WriteMethod, write_files
-from stillframe.writer.messages import encode_receipt
 
 
 class ForeignDirectory(Exception):

@@ -1,9 +1,10 @@
 """Cut a rank's extents of one file into the blocks that are written at once. Pure: no I/O.
 
-Extents that follow each other both in the file and in the arena are written as one run, whatever tensors they belong
-to. Of a large run, the whole pages inside can go to the disk without the page cache (O_DIRECT); the part of a page at
-either end cannot, and must not: the rest of that page may belong to another rank. CRCs are kept per extent, so each
-block says where the borders of extents lie inside it.
+Extents that follow each other in the file are written as one run, whatever tensors they belong to. Of a large run, the
+whole pages inside can go to the disk without the page cache (O_DIRECT); the part of a page at either end cannot, and
+must not: the rest of that page may belong to another rank. Mostly a run lies in the arena as it does in the file, and
+is written from there; where it does not, as of an export that was staged together with a checkpoint, its blocks are
+gathered first. CRCs are kept per extent, so each block says where the borders of extents lie inside it.
 """
 
 from __future__ import annotations
@@ -22,18 +23,22 @@ DIRECT_MIN_BYTES = 512 << 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A part of a block that belongs to one extent, by the extent's index in its `FileShare`."""
+    """A part of a block that belongs to one extent, by the extent's index in its `FileShare`, and where it is."""
 
     extent_index: int
+    arena_offset: int
     length_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Bytes written with one call: contiguous in file and arena, and tiled by `pieces` in order."""
+    """Bytes written with one call: contiguous in the file, and tiled by `pieces` in order.
+
+    `arena_offset` is None where they do not lie in the arena so that they can be written from there, and are gathered.
+    """
 
     file_offset: int
-    arena_offset: int
+    arena_offset: int | None
     length_bytes: int
     direct: bool
     pieces: tuple[Piece, ...]
@@ -75,16 +80,13 @@ def _check_extents(share: FileShare, arena_bytes: int) -> None:
 
 
 def _runs(share: FileShare) -> Iterator[tuple[int, int]]:
-    """Index ranges [first, end) of extents that are contiguous in the file and in the arena."""
+    """Index ranges [first, end) of extents that follow each other in the file."""
     extents = share.extents
     first = 0
     for index in range(1, len(extents) + 1):
         if index < len(extents):
             left, right = extents[index - 1], extents[index]
-            if (
-                left.file_offset + left.length_bytes == right.file_offset
-                and left.arena_offset + left.length_bytes == right.arena_offset
-            ):
+            if left.file_offset + left.length_bytes == right.file_offset:
                 continue
         if extents:
             yield first, index
@@ -93,11 +95,10 @@ def _runs(share: FileShare) -> Iterator[tuple[int, int]]:
 
 def _cut_run(share: FileShare, first: int, end: int, block_bytes: int) -> Iterator[Block]:
     start = share.extents[first].file_offset
-    to_arena = share.extents[first].arena_offset - start
     stop = share.extents[end - 1].file_offset + share.extents[end - 1].length_bytes
     inner_start = -(-start // DIRECT_ALIGNMENT_BYTES) * DIRECT_ALIGNMENT_BYTES
     inner_stop = stop // DIRECT_ALIGNMENT_BYTES * DIRECT_ALIGNMENT_BYTES
-    if to_arena % DIRECT_ALIGNMENT_BYTES or inner_stop - inner_start < DIRECT_MIN_BYTES:
+    if inner_stop - inner_start < DIRECT_MIN_BYTES:
         inner_start = inner_stop = stop
     extent_index = first
     position = start
@@ -111,12 +112,22 @@ def _cut_run(share: FileShare, first: int, end: int, block_bytes: int) -> Iterat
         pieces, extent_index = _cut_pieces(share, extent_index, position, block_stop)
         yield Block(
             file_offset=position,
-            arena_offset=position + to_arena,
+            arena_offset=_place(pieces, direct=direct),
             length_bytes=block_stop - position,
             direct=direct,
             pieces=pieces,
         )
         position = block_stop
+
+
+def _place(pieces: tuple[Piece, ...], *, direct: bool) -> int | None:
+    """Where `pieces` lie in the arena one after the other (for direct writes: from a page's border on); else None."""
+    start = end = pieces[0].arena_offset
+    for piece in pieces:
+        if piece.arena_offset != end:
+            return None
+        end += piece.length_bytes
+    return None if direct and start % DIRECT_ALIGNMENT_BYTES else start
 
 
 def _cut_pieces(share: FileShare, extent_index: int, start: int, stop: int) -> tuple[tuple[Piece, ...], int]:
@@ -127,7 +138,8 @@ def _cut_pieces(share: FileShare, extent_index: int, start: int, stop: int) -> t
         extent_stop = extent.file_offset + extent.length_bytes
         length_bytes = min(extent_stop, stop) - start
         if length_bytes:
-            pieces.append(Piece(extent_index=extent_index, length_bytes=length_bytes))
+            arena_offset = extent.arena_offset + start - extent.file_offset
+            pieces.append(Piece(extent_index=extent_index, arena_offset=arena_offset, length_bytes=length_bytes))
             start += length_bytes
         if start == extent_stop:
             extent_index += 1

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +23,11 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import stillframe
+from stillframe.receipts import receipt_from_object
 from stillframe.records import Receipt, WritePlan, WriteRequest
 from stillframe.writer.attempt import total_bytes
 from stillframe.writer.framing import Connection, Frame, PeerGone, ProtocolError
-from stillframe.writer.messages import plan_to_object, receipt_from_object, request_to_object
+from stillframe.writer.messages import plan_to_object, request_to_object
 
 
 class WriterError(Exception):
@@ -55,7 +56,7 @@ class WriterError(Exception):
 class WriterClient:
     """One rank's writer process, as its trainer sees it.
 
-    `set_plan` and `write` are for one thread at a time (another one gets RuntimeError); `close` and `pid` for any.
+    `set_plans` and `write` are for one thread at a time (another one gets RuntimeError); `close` and `pid` for any.
     A context manager: leaving it closes.
     """
 
@@ -76,7 +77,7 @@ class WriterClient:
         """
         self._signal_timeout_s = signal_timeout_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
-        self._plan: WritePlan | None = None
+        self._plans: dict[int, WritePlan] = {}
         self._closed = False
         self._conversation = threading.Lock()  # held from a question to its answer
         self._sending = threading.Lock()  # held for one frame; `close` sends while another thread waits for an answer
@@ -115,20 +116,21 @@ class WriterClient:
         """Whether the process runs; a client whose process has ended is of no more use than to be closed."""
         return self._process.poll() is None
 
-    def set_plan(self, plan: WritePlan, arena_fd: int, *, timeout_s: float = 60.0) -> None:
-        """Give the process its plan and the arena's memory; blocks until it has mapped it.
+    def set_plans(self, plans: Sequence[WritePlan], arena_fd: int, *, timeout_s: float = 60.0) -> None:
+        """Give the process its plans, all over one arena, and the arena's memory; blocks until it has mapped it.
 
-        The plan before is forgotten, and its arena unmapped. The caller keeps `arena_fd` and may close it. Raises
-        WriterError; kind "failed" means that the plan is impossible, and no plan is set.
+        The plans before are forgotten, and their arena unmapped. The caller keeps `arena_fd` and may close it. Raises
+        WriterError; kind "failed" means that a plan is impossible, and no plan is set.
         """
         with self._one_conversation():
-            self._plan = None
-            self._send({"type": "plan", "plan": plan_to_object(plan)}, descriptors=(arena_fd,), timeout_s=timeout_s)
+            self._plans = {}
+            message = {"type": "plans", "plans": [plan_to_object(plan) for plan in plans]}
+            self._send(message, descriptors=(arena_fd,), timeout_s=timeout_s)
             answer = self._receive(timeout_s, "map the arena")
             if answer.message.get("type") == "refused":
                 raise WriterError("failed", str(answer.message["reason"]))
             self._expect("planned", answer)
-            self._plan = plan
+            self._plans = {plan.plan_id: plan for plan in plans}
 
     def write(
         self, request: WriteRequest, *, timeout_s: float, on_progress: Callable[[int, int], None] | None = None
@@ -142,12 +144,13 @@ class WriterClient:
         Raises WriterError, after at most `timeout_s` and the few seconds of a kill.
         """
         with self._one_conversation():
-            if self._plan is None:
-                raise RuntimeError("write was called before set_plan")
+            plan = self._plans.get(request.plan_id)
+            if plan is None:
+                raise RuntimeError(f"write was called before set_plans with plan {request.plan_id}")
             deadline = time.monotonic() + timeout_s
             # The process keeps the working directory that it was started in; ours may have changed.
             data, blob = request_to_object(replace(request, directory=request.directory.absolute()))
-            all_bytes = total_bytes(self._plan, request)
+            all_bytes = total_bytes(plan, request)
             self._send({"type": "write", "request": data}, blob, timeout_s=timeout_s)
             try:
                 if on_progress is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -100,6 +101,7 @@ class _Run:
         self._lock = threading.Lock()
 
     def work(self) -> None:
+        gatherer = _Gatherer(self._arena)
         try:
             while not self._failed.is_set() and (task := self._take()) is not None:
                 if self._stop.is_set():
@@ -107,12 +109,14 @@ class _Run:
                 file, index = task
                 file.open()
                 if file.blocks:
-                    file.write(index, self._arena)
+                    file.write(index, gatherer)
                     self._on_progress(file.blocks[index].length_bytes)
                 file.finish_one()
         except BaseException:
             self._failed.set()
             raise
+        finally:
+            gatherer.close()
 
     def _take(self) -> tuple[_SharedFile, int] | None:
         with self._lock:
@@ -122,6 +126,34 @@ class _Run:
         """Close what a failed run left open; after a whole one nothing is."""
         for file in self.files:
             file.close()
+
+
+class _Gatherer:
+    """The bytes of blocks as one piece of memory: the arena's own, or a copy where they do not lie there as one."""
+
+    def __init__(self, arena: memoryview) -> None:
+        self._arena = arena
+        self._map: mmap.mmap | None = None  # made when first needed; aligned to pages, as direct I/O wants
+
+    def data_of(self, block: Block) -> memoryview:
+        """The block's bytes, to be released before the next block's are asked for."""
+        if block.arena_offset is not None:
+            return self._arena[block.arena_offset : block.arena_offset + block.length_bytes]
+        if self._map is None or len(self._map) < block.length_bytes:
+            self.close()
+            self._map = mmap.mmap(-1, max(BLOCK_BYTES, block.length_bytes))
+        position = 0
+        with memoryview(self._map) as gathered:
+            for piece in block.pieces:
+                with self._arena[piece.arena_offset : piece.arena_offset + piece.length_bytes] as part:
+                    gathered[position : position + piece.length_bytes] = part
+                position += piece.length_bytes
+            return gathered[: block.length_bytes]
+
+    def close(self) -> None:
+        if self._map is not None:
+            self._map.close()
+            self._map = None
 
 
 class _SharedFile:
@@ -148,10 +180,10 @@ class _SharedFile:
             if self._method.direct and any(block.direct for block in self.blocks):
                 self._direct_fd = self._open_direct()
 
-    def write(self, index: int, arena: memoryview) -> None:
+    def write(self, index: int, gatherer: _Gatherer) -> None:
         """Checksum block `index`, then write it: its bytes are in the processor's cache by then."""
         block = self.blocks[index]
-        with arena[block.arena_offset : block.arena_offset + block.length_bytes] as data:
+        with gatherer.data_of(block) as data:
             self._piece_crcs[index] = _piece_crcs(block, data)
             written_bytes = self._write_direct(block, data) if block.direct else 0
             assert self._fd is not None

@@ -33,12 +33,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
+from stillframe.receipts import receipt_to_object
 from stillframe.records import Receipt
 from stillframe.writer.attempt import CutPlan, ForeignDirectory, cut_plan, total_bytes, write_attempt
 from stillframe.writer.directory import FileWriteError
 from stillframe.writer.files import Stopped
 from stillframe.writer.framing import Connection, Frame, PeerGone, ProtocolError
-from stillframe.writer.messages import plan_from_object, receipt_to_object, request_from_object
+from stillframe.writer.messages import plan_from_object, request_from_object
 
 _PROGRESS_INTERVAL_S = 0.25
 _HEARTBEAT_INTERVAL_S = 1.0
@@ -74,13 +75,13 @@ class _Work:
 
 
 class _Writer:
-    """The main thread's state: at most one plan, at most one write in hand."""
+    """The main thread's state: plans over one arena, at most one write in hand."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stillframe-attempt")
-        self._cut: CutPlan | None = None
+        self._cuts: dict[int, CutPlan] = {}
         self._arena: _Arena | None = None
         self._work: _Work | None = None
         self._stop = threading.Event()
@@ -125,8 +126,8 @@ class _Writer:
 
     def _handle(self, frame: Frame) -> None:
         kind = frame.message.get("type")
-        if kind == "plan":
-            self._take_plan(frame)
+        if kind == "plans":
+            self._take_plans(frame)
         elif kind == "write":
             self._begin_write(frame)
         elif kind == "close":
@@ -134,16 +135,20 @@ class _Writer:
         else:
             raise ProtocolError(f"the trainer sent a message of unknown type {kind!r}")
 
-    def _take_plan(self, frame: Frame) -> None:
+    def _take_plans(self, frame: Frame) -> None:
         try:
             if self._work is not None or len(frame.descriptors) != 1:
-                raise ValueError("a plan must come between two writes, with one descriptor")
+                raise ValueError("plans must come between two writes, with one descriptor")
             if self._arena is not None:
                 self._arena.close()
-            self._cut = self._arena = None
-            cut = cut_plan(plan_from_object(frame.message.get("plan")))
-            self._arena = _Arena(frame.descriptors[0], cut.plan.arena_bytes)
-            self._cut = cut
+            self._cuts, self._arena = {}, None
+            plans = frame.message.get("plans")
+            if not isinstance(plans, list):
+                raise ValueError("there is no list of plans")
+            cuts = [cut_plan(plan_from_object(plan)) for plan in plans]
+            arena_bytes = max((cut.plan.arena_bytes for cut in cuts), default=0)
+            self._arena = _Arena(frame.descriptors[0], arena_bytes)
+            self._cuts = {cut.plan.plan_id: cut for cut in cuts}
         except (ValueError, OSError) as error:
             self._answer({"type": "refused", "reason": f"the plan is refused: {error}"})
         else:
@@ -157,17 +162,18 @@ class _Writer:
             request = request_from_object(frame.message.get("request"), frame.blob)
             if self._work is not None:
                 raise ValueError("a write is in hand already")
-            if self._cut is None or self._arena is None or self._cut.plan.plan_id != request.plan_id:
+            cut = self._cuts.get(request.plan_id)
+            if cut is None or self._arena is None:
                 raise ValueError(f"the writer does not have plan {request.plan_id}")
         except ValueError as error:
             self._answer(_failure(error))
             return
         self._done_bytes = 0
         future = self._pool.submit(
-            write_attempt, self._cut, request, self._arena.view, stop=self._stop, on_progress=self._count
+            write_attempt, cut, request, self._arena.view, stop=self._stop, on_progress=self._count
         )
         future.add_done_callback(lambda _: os.eventfd_write(self._wake_fd, 1))
-        self._work = _Work(future, total_bytes(self._cut.plan, request))
+        self._work = _Work(future, total_bytes(cut.plan, request))
 
     def _count(self, written_bytes: int) -> None:
         with self._done_lock:

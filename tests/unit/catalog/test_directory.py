@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from stillframe.catalog.directory import CatalogEntry, latest_checkpoint, list_checkpoints
+from stillframe import durable
+from stillframe.catalog.directory import (
+    EXPORTS,
+    RESUMABLE,
+    checkpoint_dir,
+    damage,
+    export_dir,
+    list_checkpoints,
+    newest,
+    next_sequence,
+)
 from stillframe.errors import NotACheckpoint
-from stillframe.names import MANIFEST_NAME
-from tests.unit.catalog.run_directory import add_checkpoint
+from stillframe.names import KINDS, MANIFEST_NAME
+from stillframe.records import CatalogEntry
+from tests.unit.catalog.run_directory import PUBLISHED_AT, add_checkpoint
 
 
 def steps(entries: tuple[CatalogEntry, ...]) -> list[int]:
@@ -23,28 +36,152 @@ def test_checkpoints_are_in_the_order_of_their_publication(tmp_path: Path) -> No
     for sequence, step in enumerate((100, 300, 400, 200)):
         add_checkpoint(tmp_path, step, sequence=sequence)
     assert steps(list_checkpoints(tmp_path)) == [100, 300, 400, 200]
-    latest = latest_checkpoint(tmp_path, "hf")
-    assert latest == CatalogEntry(
+    assert newest(tmp_path, "hf") == CatalogEntry(
         path=tmp_path / "hf-200",
         kind="hf",
         step=200,
         sequence=3,
         world_size=2,
         size_bytes=2,
-        published_at="2026-01-02T03:04:05.678+00:00",
+        published_at=PUBLISHED_AT,
     )
 
 
 def test_an_empty_run_has_no_checkpoint(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == ()
-    assert latest_checkpoint(tmp_path, "hf") is None
+    assert newest(tmp_path) is None
+    assert newest(tmp_path, "hf") is None
+    assert next_sequence(tmp_path) == 1
 
 
-def test_only_the_kind_that_was_asked_for_is_listed(tmp_path: Path) -> None:
-    add_checkpoint(tmp_path, 1, sequence=1)
-    assert steps(list_checkpoints(tmp_path, "hf")) == [1]
+def test_only_the_kinds_that_were_asked_for_are_listed(tmp_path: Path) -> None:
+    for sequence, kind in enumerate(("hf", "step", "checkpoint", "snapshot", "hf")):
+        add_checkpoint(tmp_path, sequence, sequence=sequence, kind=kind)
+    assert steps(list_checkpoints(tmp_path)) == [0, 1, 2, 3, 4]
+    assert steps(list_checkpoints(tmp_path, "hf")) == [0, 4]
+    assert steps(list_checkpoints(tmp_path, *EXPORTS)) == [0, 1, 4]
+    assert steps(list_checkpoints(tmp_path, *RESUMABLE)) == [1, 2, 3]
     assert list_checkpoints(tmp_path, "dcp") == ()
-    assert latest_checkpoint(tmp_path, "dcp") is None
+    assert newest(tmp_path, "dcp") is None
+    assert next_sequence(tmp_path) == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpoint", "export"),
+    [("hf", None, "."), ("checkpoint", ".", None), ("snapshot", ".", None), ("step", "checkpoint", "hf")],
+)
+def test_what_is_in_a_directory_of_each_kind(
+    tmp_path: Path, kind: str, checkpoint: str | None, export: str | None
+) -> None:
+    path = add_checkpoint(tmp_path, 7, sequence=1, kind=kind)
+    (entry,) = list_checkpoints(tmp_path)
+    for directory_of, expected in ((checkpoint_dir, checkpoint), (export_dir, export)):
+        if expected is None:
+            with pytest.raises(NotACheckpoint, match=f"{kind}-7 is "):
+                directory_of(entry)
+        else:
+            assert directory_of(entry) == path / expected
+            assert directory_of(entry).is_dir()
+
+
+def test_branch_and_metrics_come_from_the_manifest(tmp_path: Path) -> None:
+    add_checkpoint(tmp_path, 7, sequence=1, kind="checkpoint", branch="second", metrics={"loss": 1.5})
+    entry = newest(tmp_path, *RESUMABLE)
+    assert entry is not None
+    assert (entry.branch, entry.metrics) == ("second", {"loss": 1.5})
+
+
+def test_what_changed_since_the_last_list_is_seen(tmp_path: Path) -> None:
+    one = add_checkpoint(tmp_path, 1, sequence=1)
+    two = add_checkpoint(tmp_path, 2, sequence=2, metrics={"loss": 1.0})
+    assert steps(list_checkpoints(tmp_path)) == [1, 2]
+    # Replaced by another of the same size, as an overwriting save does it.
+    replacement = add_checkpoint(tmp_path, 1, sequence=3, directory=tmp_path / "new")
+    durable.exchange(one, replacement)
+    assert steps(list_checkpoints(tmp_path)) == [2, 1]
+    # Written to in place.
+    manifest = two / MANIFEST_NAME
+    manifest.write_bytes(manifest.read_bytes().replace(b'"loss": 1.0', b'"loss": 9.25'))
+    assert list_checkpoints(tmp_path)[0].metrics == {"loss": 9.25}
+    manifest.write_bytes(manifest.read_bytes()[:-10])
+    assert steps(list_checkpoints(tmp_path)) == [1]
+    manifest.unlink()
+    (one / MANIFEST_NAME).unlink()
+    assert list_checkpoints(tmp_path) == ()
+
+
+def test_a_whole_checkpoint_has_no_damage(tmp_path: Path) -> None:
+    for sequence, kind in enumerate(KINDS):
+        add_checkpoint(tmp_path, sequence, sequence=sequence, kind=kind)
+    assert [damage(entry) for entry in list_checkpoints(tmp_path)] == [None] * len(KINDS)
+
+
+def no_file(path: Path) -> None:
+    (path / "checkpoint/.metadata").unlink()
+
+
+def no_half(path: Path) -> None:
+    shutil.rmtree(path / "checkpoint")
+
+
+def a_shorter_file(path: Path) -> None:
+    (path / "hf/config.json").write_bytes(b"{")
+
+
+def a_longer_file(path: Path) -> None:
+    (path / "hf/config.json").write_bytes(b"{} ")
+
+
+def a_directory_for_a_file(path: Path) -> None:
+    (path / "hf/config.json").unlink()
+    (path / "hf/config.json").mkdir()
+
+
+def a_link_for_a_file(path: Path) -> None:
+    (path / "hf/config.json").rename(path / "hf/elsewhere.json")
+    (path / "hf/config.json").symlink_to("elsewhere.json")
+
+
+def no_manifest(path: Path) -> None:
+    (path / MANIFEST_NAME).unlink()
+
+
+def no_directory(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def another_checkpoint(path: Path) -> None:
+    shutil.rmtree(path)
+    add_checkpoint(path.parent, 7, sequence=22, kind="step")
+
+
+def a_file_that_cannot_be_named(path: Path) -> None:
+    manifest = path / MANIFEST_NAME
+    manifest.write_bytes(manifest.read_bytes().replace(b"hf/config.json", b"hf/config\\u0000.json"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (no_file, "'checkpoint/.metadata' cannot be found .*No such file"),
+        (no_half, "'checkpoint/.metadata' cannot be found .*No such file"),
+        (a_shorter_file, "'hf/config.json' has 1 bytes, not 2"),
+        (a_longer_file, "'hf/config.json' has 3 bytes, not 2"),
+        (a_directory_for_a_file, "'hf/config.json' is not a regular file"),
+        (a_link_for_a_file, "'hf/config.json' is not a regular file"),
+        (no_manifest, "it is gone, or its manifest is not valid any more"),
+        (no_directory, "it is gone, or its manifest is not valid any more"),
+        (another_checkpoint, "it has been replaced by another"),
+        (a_file_that_cannot_be_named, r"'hf/config\\x00.json' cannot be found \(.*null"),
+    ],
+)
+def test_damage_is_found_and_named(tmp_path: Path, harm: Callable[[Path], None], reason: str) -> None:
+    path = add_checkpoint(tmp_path, 7, sequence=1, kind="step")
+    (entry,) = list_checkpoints(tmp_path)
+    harm(path)
+    found = damage(entry)
+    assert found is not None
+    assert re.search(reason, found)
 
 
 @pytest.mark.parametrize("name", ["absent", "file"])
@@ -115,6 +252,15 @@ def a_retired_directory(run_dir: Path) -> None:
     add_checkpoint(run_dir, 7, sequence=9, directory=run_dir / ".hf-7.retired-0123456789abcdef.1")
 
 
+def a_manifest_that_is_a_fifo(run_dir: Path) -> None:
+    (run_dir / "hf-7").mkdir()
+    os.mkfifo(run_dir / "hf-7" / MANIFEST_NAME)  # reading it would wait for ever
+
+
+def a_checkpoint_under_the_name_of_another_kind(run_dir: Path) -> None:
+    add_checkpoint(run_dir, 7, sequence=9, kind="snapshot", directory=run_dir / "checkpoint-7")
+
+
 def a_step_with_a_leading_zero(run_dir: Path) -> None:
     add_checkpoint(run_dir, 7, sequence=9, directory=run_dir / "hf-07")
 
@@ -138,6 +284,8 @@ def a_step_in_other_digits(run_dir: Path) -> None:
         a_manifest_of_another_step,
         a_manifest_that_is_a_directory,
         a_manifest_that_is_a_link_to_itself,
+        a_manifest_that_is_a_fifo,
+        a_checkpoint_under_the_name_of_another_kind,
         a_hidden_directory,
         a_retired_directory,
         a_step_with_a_leading_zero,
@@ -151,6 +299,6 @@ def test_what_is_no_checkpoint_is_neither_listed_nor_in_the_way(
     (tmp_path / "hf-latest").symlink_to("hf-5")
     add_odd_thing(tmp_path)
     assert steps(list_checkpoints(tmp_path)) == [5]
-    latest = latest_checkpoint(tmp_path, "hf")
+    latest = newest(tmp_path, "hf")
     assert latest is not None
     assert latest.path == tmp_path / "hf-5"

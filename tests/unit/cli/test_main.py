@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import stillframe
 from stillframe.cli import main as cli
 from stillframe.cli.listing import format_size
 from stillframe.testing import models
+from tests.unit.catalog.run_directory import PUBLISHED_AT, add_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +41,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--help"], ["train", "list", "--version"]),
         (["train", "--help"], ["CONFIG.toml", "--set", "torchrun --nproc-per-node", "docs/trainer.md"]),
-        (["list", "--help"], ["RUN_DIR", "published"]),
+        (["list", "--help"], ["RUN_DIR", "published", "--json", "docs/retention.md"]),
     ],
 )
 def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]) -> None:
@@ -89,9 +93,70 @@ def test_list_of_checkpoints_the_latest_last(capsys: pytest.CaptureFixture[str],
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["CHECKPOINT", "KIND", "STEP", "SIZE", "RANKS", "PUBLISHED"]
     for line, step in zip(lines, (12, 3), strict=True):
-        name, kind, listed_step, size, unit, ranks, day, time = line.split()
+        name, kind, listed_step, size, unit, ranks, day, time, zone = line.split()
         assert (name, kind, listed_step, ranks) == (f"hf-{step}", "hf", str(step), "1")
-        assert (float(size) > 0, unit, len(day), len(time)) == (True, "kB", 10, 8)
+        assert (float(size) > 0, unit, len(day), len(time), len(zone)) == (True, "kB", 10, 8, 5)
+
+
+@pytest.fixture
+def in_nepal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Local time is 5 hours and 45 minutes ahead of UTC, whatever the machine's is."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "NPT-05:45")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("in_nepal")
+def test_list_of_all_kinds_with_local_times(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for sequence, kind in enumerate(("hf", "checkpoint", "step", "snapshot")):
+        add_checkpoint(tmp_path, 100 + sequence, sequence=sequence, kind=kind)
+    assert status_of("list", str(tmp_path)) == 0
+    assert capsys.readouterr().out == (
+        "CHECKPOINT      KIND        STEP  SIZE  RANKS  PUBLISHED\n"
+        "hf-100          hf          100   2 B   2      2026-01-02 08:49:05 +0545\n"
+        "checkpoint-101  checkpoint  101   2 B   2      2026-01-02 08:49:05 +0545\n"
+        "step-102        step        102   4 B   2      2026-01-02 08:49:05 +0545\n"
+        "snapshot-103    snapshot    103   2 B   2      2026-01-02 08:49:05 +0545\n"
+    )
+
+
+@pytest.mark.usefixtures("in_nepal")
+def test_list_shows_branch_and_metrics_where_there_are_any(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    add_checkpoint(tmp_path, 1, sequence=1, metrics={"loss": 1 / 3, "accuracy": 0.5})
+    add_checkpoint(tmp_path, 2, sequence=2, branch="second", published_at="9999-12-31T23:59:59+00:00")
+    add_checkpoint(tmp_path, 3, sequence=3, branch="\x1b[31mred", metrics={"a\nb": 1e30})
+    assert status_of("list", str(tmp_path)) == 0
+    assert capsys.readouterr().out == (
+        "CHECKPOINT  KIND  STEP  SIZE  RANKS  PUBLISHED                  BRANCH         METRICS\n"
+        "hf-1        hf    1     2 B   2      2026-01-02 08:49:05 +0545                 accuracy=0.5 loss=0.333333\n"
+        "hf-2        hf    2     2 B   2      unknown                    second\n"
+        "hf-3        hf    3     2 B   2      2026-01-02 08:49:05 +0545  '\\x1b[31mred'  'a\\nb'=1e+30\n"
+    )
+
+
+def test_list_for_programs(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_checkpoint(tmp_path, 7, sequence=3, kind="checkpoint", branch="second", metrics={"loss": 0.5})
+    monkeypatch.chdir(tmp_path)
+    assert status_of("list", ".", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {
+            "name": "checkpoint-7",
+            "path": str(tmp_path / "checkpoint-7"),
+            "kind": "checkpoint",
+            "step": 7,
+            "branch": "second",
+            "sequence": 3,
+            "published_at": PUBLISHED_AT,
+            "world_size": 2,
+            "size_bytes": 2,
+            "metrics": {"loss": 0.5},
+        }
+    ]
+    (tmp_path / "empty").mkdir()
+    assert status_of("list", "empty", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == []
 
 
 @pytest.mark.parametrize(

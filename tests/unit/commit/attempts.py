@@ -9,7 +9,10 @@ from pathlib import Path
 
 from awscrt.checksums import crc64nvme
 
+from stillframe.commit.plan import AttemptPlan, encode_plan, entries
 from stillframe.commit.publish import Publication
+from stillframe.names import receipt_name
+from stillframe.receipts import encode_receipt
 from stillframe.records import FileLayout, FileReceipt, InlineFile, Item, Layout, Receipt, WrittenExtent
 
 STEP = 5
@@ -33,7 +36,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Attempt:
-    """`items` are the lengths of the header and the tensors of each weights file, in order."""
+    """`items` are the lengths of the header and the tensors of each weights file, in order.
+
+    `rank_files` are those that each rank writes alone.
+    """
 
     items: Mapping[str, Sequence[int]]
     world_size: int
@@ -41,6 +47,10 @@ class Attempt:
     step: int = STEP
     attempt: str = ATTEMPT
     salt: str = ""
+    kind: str = "hf"
+    overwrite: bool = False
+    held_back: tuple[str, ...] = ("config.json",)
+    rank_files: Sequence[InlineFile] = ()
     contents: dict[str, bytes] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,31 +70,59 @@ class Attempt:
                 position += length
             files.append(FileLayout(name=name, size_bytes=position, items=tuple(items)))
         return Layout(
-            format="hf",
+            format=self.kind,
             world_size=self.world_size,
             files=tuple(files),
             inline_files=(),
             total_bytes=sum(file.size_bytes for file in files),
             digest="a" * 64,
-            held_back=("config.json",),
+            rank_files=tuple(file.name for file in self.rank_files),
+            held_back=self.held_back,
         )
 
-    def publication(self, run_dir: Path, *, overwrite: bool = False) -> Publication:
-        return Publication(run_dir, self.layout, kind="hf", step=self.step, attempt=self.attempt, overwrite=overwrite)
+    @property
+    def plan(self) -> AttemptPlan:
+        return AttemptPlan(
+            kind=self.kind,
+            step=self.step,
+            attempt=self.attempt,
+            overwrite=self.overwrite,
+            layout=self.layout,
+            versions={"torch": "2.13.0"},
+            branch="main",
+            metrics={"loss": 0.5},
+        )
+
+    def publication(self, run_dir: Path) -> Publication:
+        return Publication(run_dir, self.plan)
 
     @property
-    def staged_files(self) -> tuple[InlineFile, ...]:
-        """The small files under the names that they have until the publication."""
-        staged = {"config.json": ".stillframe/config.json"}
-        return tuple(replace(file, name=staged.get(file.name, file.name)) for file in self.inline_files)
+    def rank_0_files(self) -> tuple[InlineFile, ...]:
+        """What rank 0 saves beside its share of the layout's files."""
+        return (*self.inline_files, *self.rank_files[:1])
+
+    def small_files(self, rank: int) -> tuple[InlineFile, ...]:
+        """What the rank's writer is given to write whole, under the names that it has until the publication."""
+        if rank:
+            return tuple(self.rank_files[rank : rank + 1])
+        plan = replace(self.plan, inline_files=entries(self.rank_0_files))
+        staged = (
+            replace(file, name=f".stillframe/{file.name}") if file.name in self.held_back else file
+            for file in self.rank_0_files
+        )
+        return (*staged, InlineFile(name=".stillframe/plan.json", content=encode_plan(plan)))
 
     def write(self, directory: Path) -> None:
-        """Put every file where the writers would have put it."""
-        for name, content in self.contents.items():
+        """Put every file but the receipts where the writers would have put it."""
+        small = [file for rank in range(self.world_size) for file in self.small_files(rank)]
+        for name, content in [*self.contents.items(), *((file.name, file.content) for file in small)]:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(content)
-        for file in self.staged_files:
-            (directory / file.name).parent.mkdir(exist_ok=True)
-            (directory / file.name).write_bytes(file.content)
+
+    def leave_receipts(self, directory: Path, pieces: Sequence[Piece] | None = None) -> None:
+        """Put the ranks' receipts where the writers would have put them."""
+        for receipt in self.receipts(self.item_pieces() if pieces is None else pieces):
+            (directory / receipt_name(receipt.rank)).write_bytes(encode_receipt(receipt))
 
     def receipts(self, pieces: Sequence[Piece]) -> list[Receipt]:
         """What the ranks would say if each wrote its `pieces`, and rank 0 the inline files; by rank."""
@@ -93,10 +131,10 @@ class Attempt:
         ]
 
     def _receipt(self, rank: int, pieces: Sequence[Piece]) -> Receipt:
-        inline = [self._inline_receipt(file) for file in self.staged_files] if rank == 0 else []
+        inline = [self._inline_receipt(file) for file in self.small_files(rank)]
         files = [self._file_receipt(name, [p for p in pieces if p.file == name]) for name in self.items]
         return Receipt(
-            kind="hf",
+            kind=self.kind,
             step=self.step,
             attempt=self.attempt,
             rank=rank,
@@ -136,4 +174,4 @@ class Attempt:
 
 
 def publish(publication: Publication, receipts: Sequence[Receipt], *, sequence: int = 1) -> None:
-    publication.publish(receipts, sequence=sequence, git_commit=None, versions={"torch": "2.13.0"})
+    publication.publish(publication.prove(receipts), sequence=sequence)

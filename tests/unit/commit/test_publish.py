@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,8 +36,9 @@ def files_in(directory: Path) -> dict[str, bytes]:
 
 
 def publish_whole(run_dir: Path, attempt: Attempt = WHOLE, *, overwrite: bool = False, sequence: int = 1) -> Path:
-    publication = attempt.publication(run_dir, overwrite=overwrite)
-    publication.prepare(attempt.inline_files)
+    attempt = replace(attempt, overwrite=overwrite)
+    publication = attempt.publication(run_dir)
+    publication.prepare(attempt.rank_0_files)
     attempt.write(publication.hidden_dir)
     publish(publication, attempt.receipts(attempt.item_pieces()), sequence=sequence)
     publication.clean_up()
@@ -68,7 +69,7 @@ def test_a_whole_attempt_gets_its_name_and_a_manifest_of_all_its_bytes(tmp_path:
 def test_the_config_comes_last_so_that_nobody_loads_what_is_not_whole(tmp_path: Path) -> None:
     publication = WHOLE.publication(tmp_path)
     to_write = publication.prepare(INLINE_FILES)
-    assert to_write == WHOLE.staged_files
+    assert to_write == WHOLE.small_files(0)
     assert "config.json" not in {file.name for file in to_write}
     assert ".stillframe/config.json" in {file.name for file in to_write}
     WHOLE.write(publication.hidden_dir)
@@ -116,7 +117,7 @@ def prepared(attempt: Attempt) -> Iterator[Callable[[list[Receipt]], None]]:
     """Everything but the receipts is ready; yields what publishes with them, and checks that it did or did not."""
     with TemporaryDirectory() as directory:
         publication = attempt.publication(Path(directory))
-        publication.prepare(attempt.inline_files)
+        publication.prepare(attempt.rank_0_files)
         attempt.write(publication.hidden_dir)
 
         def publish_with(receipts: list[Receipt]) -> None:
@@ -311,6 +312,101 @@ def test_what_is_on_disk_must_be_what_was_written(tmp_path: Path, name: str, wha
     assert not publication.hidden_dir.exists()
 
 
+# Files that one rank writes whole, and files in subdirectories
+
+STATES = tuple(InlineFile(name=f"checkpoint/state/rank-{r:05d}.pt", content=b"rng" * (r + 1)) for r in range(2))
+BOTH = Attempt(
+    {"hf/model.safetensors": [16, 40], "checkpoint/__1_0.distcp": [8]},
+    world_size=2,
+    kind="step",
+    inline_files=(
+        InlineFile(name="hf/config.json", content=b"{}"),
+        InlineFile(name="checkpoint/.metadata", content=b"pickled"),
+    ),
+    held_back=("hf/config.json", "checkpoint/.metadata"),
+    rank_files=STATES,
+)
+
+
+def test_files_in_subdirectories_are_held_back_and_published_like_any_other(tmp_path: Path) -> None:
+    publication = BOTH.publication(tmp_path)
+    to_write = publication.prepare(BOTH.rank_0_files)
+    assert to_write == BOTH.small_files(0)
+    assert {".stillframe/hf/config.json", ".stillframe/checkpoint/.metadata"} <= {file.name for file in to_write}
+    BOTH.write(publication.hidden_dir)
+    assert not (publication.hidden_dir / "hf/config.json").exists()
+    publish(publication, BOTH.receipts(BOTH.item_pieces()))
+    contents = files_in(publication.final_dir)
+    assert contents.pop("stillframe.json")
+    assert contents == BOTH.contents | {file.name: file.content for file in (*BOTH.inline_files, *STATES)}
+    manifest = read_manifest(publication.final_dir)
+    assert {name: (entry.size, entry.crc64nvme) for name, entry in manifest.files.items()} == {
+        name: (len(content), f"{crc64nvme(content):016x}") for name, content in contents.items()
+    }
+    assert (manifest.branch, manifest.metrics) == ("main", {"loss": 0.5})
+
+
+def change_state(change: Callable[[FileReceipt], Iterable[FileReceipt]], *, rank: int = 1) -> list[Receipt]:
+    """The receipts, but for what `rank` says of its own file."""
+    receipts = BOTH.receipts(BOTH.item_pieces())
+    files = [new for file in receipts[rank].files for new in (change(file) if "state" in file.name else (file,))]
+    receipts[rank] = replace(receipts[rank], files=tuple(files))
+    return receipts
+
+
+def extents(*runs: tuple[int, int]) -> Callable[[FileReceipt], Iterable[FileReceipt]]:
+    """Its content said to be in these runs of bytes."""
+    written = tuple(WrittenExtent(file_offset=offset, length_bytes=length, crc64nvme=0) for offset, length in runs)
+    return lambda file: (replace(file, extents=written),)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda file: (), "no rank wrote any of it"),
+        (lambda file: (file, file), r"in one piece, and was by rank 1 \(1 extents\), rank 1 \(1 extents\)"),
+        (extents((0, 3), (3, 3)), r"in one piece, and was by rank 1 \(2 extents\)"),
+        (extents(), r"in one piece, and was by rank 1 \(0 extents\)"),
+        (extents((1, 5)), "bytes 0 to 1 were written by no rank"),
+        (extents((0, 5)), "5 of 6 bytes were written"),
+        (lambda file: (replace(file, size_bytes=7),), "6 of 7 bytes were written"),
+        (lambda file: [replace(f, size_bytes=7) for f in extents((0, 7))(file)], "has 6 bytes on disk, not 7"),
+        (lambda file: (replace(file, name="checkpoint/state/rank-00002.pt"),), "no rank wrote any of it"),
+        (lambda file: (file, replace(file, name="checkpoint/state/rank-00002.pt")), "is no file of this checkpoint"),
+    ],
+)
+def test_a_ranks_own_file_must_be_whole_and_from_that_rank(
+    change: Callable[[FileReceipt], Iterable[FileReceipt]], said: str
+) -> None:
+    with prepared(BOTH) as publish_with, pytest.raises(SaveFailed, match=rf"rank-0000[12]\.pt: .*{said}"):
+        publish_with(change_state(change))
+
+
+def test_ranks_do_not_write_each_others_files() -> None:
+    receipts = BOTH.receipts(BOTH.item_pieces())
+    states = [file for receipt in receipts for file in receipt.files if "state" in file.name]
+    both_by_0 = replace(receipts[0], files=(*receipts[0].files, states[1]))
+    none_by_1 = replace(receipts[1], files=tuple(file for file in receipts[1].files if "state" not in file.name))
+    for changed in ([both_by_0, none_by_1], [both_by_0, receipts[1]]):
+        with prepared(BOTH) as publish_with, pytest.raises(SaveFailed, match=r"rank-00001\.pt: should be .* by rank 1"):
+            publish_with(changed)
+
+
+def test_what_rank_0_says_of_its_own_file_must_be_what_it_was_given() -> None:
+    def altered(file: FileReceipt) -> Iterable[FileReceipt]:
+        return (replace(file, extents=(replace(file.extents[0], crc64nvme=1),)),)
+
+    with prepared(BOTH) as publish_with, pytest.raises(SaveFailed, match=r"rank-00000\.pt: was written with other"):
+        publish_with(change_state(altered, rank=0))
+
+
+def test_the_plan_must_be_written_too() -> None:
+    receipts = WHOLE.receipts(WHOLE.item_pieces())
+    files = tuple(file for file in receipts[0].files if "plan" not in file.name)
+    with prepared(WHOLE) as publish_with, pytest.raises(SaveFailed, match=r"plan\.json: no rank wrote any of it"):
+        publish_with([replace(receipts[0], files=files), receipts[1]])
+
+
 # A step that exists
 
 
@@ -413,7 +509,7 @@ def test_what_is_no_checkpoint_of_that_step_is_never_replaced(
 ) -> None:
     make_foreign(tmp_path / f"hf-{STEP}")
     before = everything(tmp_path)
-    publication = replace(WHOLE, attempt="0123456789abcdef.2").publication(tmp_path, overwrite=overwrite)
+    publication = replace(WHOLE, attempt="0123456789abcdef.2", overwrite=overwrite).publication(tmp_path)
     said = "is not a checkpoint of stillframe of that step .*; move it away" if overwrite else "pass overwrite=True"
     with pytest.raises(CheckpointExists, match=said):
         publication.prepare(INLINE_FILES)
@@ -426,8 +522,8 @@ def test_what_is_no_checkpoint_of_that_step_is_never_replaced(
 def test_what_appears_while_it_is_written_is_not_replaced_either(
     tmp_path: Path, make_foreign: Callable[[Path], None], overwrite: bool
 ) -> None:
-    attempt = replace(WHOLE, attempt="0123456789abcdef.2")
-    publication = attempt.publication(tmp_path, overwrite=overwrite)
+    attempt = replace(WHOLE, attempt="0123456789abcdef.2", overwrite=overwrite)
+    publication = attempt.publication(tmp_path)
     publication.prepare(INLINE_FILES)
     attempt.write(publication.hidden_dir)
     hidden = publication.hidden_dir.rename(tmp_path.with_name("aside"))

@@ -41,9 +41,8 @@ def test_it_does_not_publish_the_directory_of_its_successor(successor_has_writte
 def test_leftovers_of_killed_runs_go_and_what_is_not_published_stays(tmp_path: Path) -> None:
     publish_whole(tmp_path)
     attempt = "fedcba9876543210.1"
-    replaced, retired = complete_path(tmp_path, "hf", STEP, attempt), retired_path(tmp_path, "hf", 3, attempt)
-    unpublished = complete_path(tmp_path, "hf", STEP + 1, attempt)
-    for directory in (replaced, retired, unpublished, tmp_path / ".hf-3.retired-by-hand"):
+    retired, unpublished = retired_path(tmp_path, "hf", 3, attempt), complete_path(tmp_path, "hf", STEP + 1, attempt)
+    for directory in (retired, unpublished, tmp_path / ".hf-3.retired-by-hand"):
         (directory / "sub").mkdir(parents=True)
     remove_leftovers(tmp_path)
     assert names(tmp_path) == sorted([unpublished.name, ".hf-3.retired-by-hand", f"hf-{STEP}"])

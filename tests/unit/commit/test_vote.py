@@ -24,9 +24,11 @@ from stillframe.errors import (
     WriteFailed,
     WriterDied,
 )
+from stillframe.records import Recovered
 from tests.unit.commit.meetings import NONCE, PATH, ballots, meetings, on_ranks
 
 DISK_FULL = Failure(error="WriteFailed", rank=1, stage="write", reason="No space left on device")
+RECOVERED = Recovered(path=Path("/run/.hf-3.incomplete"), kind="hf", step=3, action="removed", reason="not whole")
 
 
 def vote(rank: int, *, step: int | None = 5, digest: str = "d", failure: Failure | None = None) -> Vote:
@@ -47,7 +49,9 @@ def cast(votes: list[Vote], *, world_size: int, timeout_s: float = 30.0) -> Ball
 
 def test_everyone_hears_that_it_is_published_and_what_followed() -> None:
     all_ballots = ballots(3)
-    aftermath = Aftermath(trouble=replace(DISK_FULL, rank=0, stage="retention"), steps=(3, 5))
+    aftermath = Aftermath(
+        trouble=replace(DISK_FULL, rank=0, stage="retention"), steps={"hf": (3, 5)}, recovered=(RECOVERED,)
+    )
 
     def rank_0() -> tuple[Vote, ...]:
         all_ballots[0].open(None)
@@ -81,7 +85,7 @@ def test_one_rank_alone_votes_without_a_server() -> None:
     ballot.cast(vote(0))
     assert ballot.collect() == (vote(0),)
     ballot.decide(None)
-    ballot.conclude(Aftermath(trouble=None, steps=(5,)))
+    ballot.conclude(Aftermath(trouble=None, steps={"hf": (5,)}))
     assert not ballot.await_acknowledged(0)
     ballot.acknowledge()
     assert ballot.await_acknowledged(0)
@@ -251,7 +255,7 @@ def test_what_is_forgotten_is_gone_from_the_store() -> None:
     ballot = Ballot(meeting, step=5, path=PATH, timeout_s=30)
     ballot.open(None)
     ballot.decide(None)
-    ballot.conclude(Aftermath(trouble=None, steps=()))
+    ballot.conclude(Aftermath(trouble=None, steps={}))
     ballot.acknowledge()
     keys = [f"stillframe/{ballot.attempt}/{name}" for name in ("open", "verdict", "aftermath", "seen")]
     assert [meeting.store.has(key) for key in keys] == [True] * 4

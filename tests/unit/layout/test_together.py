@@ -49,8 +49,7 @@ BFLOAT16 = Cast(dtype=torch.bfloat16, keep=())
 CASES = {
     "fsdp": Case(3, sharded=True, moe=True),
     "fsdp, tied": Case(2, sharded=True),
-    "alike": Case(3, sharded=False),
-    "alike, experts": Case(2, sharded=False, moe=True),
+    "alike": Case(3, sharded=False, moe=True),
     "cast": Case(2, sharded=True, cast=BFLOAT16),
     "cast, alike": Case(2, sharded=False, cast=BFLOAT16),
     "frozen left out": Case(2, sharded=False, frozen="mlp"),

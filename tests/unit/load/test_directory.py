@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from stillframe.errors import CorruptCheckpoint, LoadError, NotACheckpoint
-from stillframe.load.directory import INDEX_NAME, WEIGHTS_NAME, open_weights, read_fully
+from stillframe.load.directory import INDEX_NAME, WEIGHTS_NAME, open_weights
+from stillframe.load.folder import read_fully
 from stillframe.manifest import FileEntry, Manifest, encode_manifest
 from stillframe.names import MANIFEST_NAME
 

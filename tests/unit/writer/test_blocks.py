@@ -32,14 +32,15 @@ def test_pieces_tile_the_extents_and_direct_blocks_are_whole_pages(scenario: Sce
             for block in blocks:
                 assert 0 < block.length_bytes <= block_bytes
                 if block.direct:
-                    for number in (block.file_offset, block.arena_offset, block.length_bytes):
+                    for number in (block.file_offset, block.arena_offset or 0, block.length_bytes):
                         assert number % DIRECT_ALIGNMENT_BYTES == 0
                 position = 0
                 for piece in block.pieces:
                     extent = share.extents[piece.extent_index]
                     already = done_bytes[piece.extent_index]
                     assert block.file_offset + position == extent.file_offset + already
-                    assert block.arena_offset + position == extent.arena_offset + already
+                    assert piece.arena_offset == extent.arena_offset + already
+                    assert block.arena_offset in (None, piece.arena_offset - position)
                     done_bytes[piece.extent_index] += piece.length_bytes
                     position += piece.length_bytes
                 assert position == block.length_bytes
@@ -52,8 +53,10 @@ def test_neighbours_in_file_and_arena_are_written_together() -> None:
     assert [(piece.extent_index, piece.length_bytes) for piece in block.pieces] == [(0, 20), (1, 5), (2, 70)]
 
 
-def test_neighbours_in_the_file_alone_are_not() -> None:
-    assert [block.length_bytes for block in cut(make_share((10, 110, 20), (30, 131, 5)))] == [20, 5]
+def test_neighbours_in_the_file_alone_are_gathered() -> None:
+    (block,) = cut(make_share((10, 110, 20), (30, 131, 5), (35, 7, 1)))
+    assert (block.file_offset, block.arena_offset, block.length_bytes) == (10, None, 26)
+    assert [(piece.arena_offset, piece.length_bytes) for piece in block.pieces] == [(110, 20), (131, 5), (7, 1)]
 
 
 def test_a_large_run_is_direct_but_for_its_partial_pages() -> None:
@@ -64,11 +67,13 @@ def test_a_large_run_is_direct_but_for_its_partial_pages() -> None:
     assert [block.file_offset for block in blocks] == [4196, 8192, 1 << 20, 2 << 20, (2 << 20) + 4096]
 
 
-@pytest.mark.parametrize(
-    ("arena_offset", "length_bytes"), [(0, DIRECT_MIN_BYTES - 1), (512, 8 * DIRECT_MIN_BYTES)], ids=["small", "askew"]
-)
-def test_small_runs_and_runs_askew_to_the_file_go_through_the_page_cache(arena_offset: int, length_bytes: int) -> None:
-    assert not any(block.direct for block in cut(make_share((0, arena_offset, length_bytes))))
+def test_a_small_run_goes_through_the_page_cache() -> None:
+    assert not any(block.direct for block in cut(make_share((0, 0, DIRECT_MIN_BYTES - 1))))
+
+
+def test_a_large_run_that_lies_askew_is_gathered_for_direct_writes() -> None:
+    blocks = cut(make_share((0, 512, 2 << 20)), block_bytes=1 << 20)
+    assert [(block.direct, block.arena_offset) for block in blocks] == [(True, None), (True, None)]
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,15 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 
+from stillframe.receipts import decode_receipt
 from stillframe.records import Extent, FileShare, WritePlan
 from stillframe.writer.client import WriterClient, WriterError, _environment
-from stillframe.writer.messages import decode_receipt
 from tests.unit.writer.saves import (
     Scenario,
     SharedArena,
@@ -48,7 +49,7 @@ def client() -> Iterator[WriterClient]:
 def set_plan(client: WriterClient, contents: dict[str, bytes], *, plan_id: int = 1) -> WritePlan:
     plan, arena = whole_file_plan(contents, plan_id=plan_id)
     with SharedArena(arena) as shared:
-        client.set_plan(plan, shared.fd)
+        client.set_plans([plan], shared.fd)
     return plan
 
 
@@ -101,7 +102,7 @@ def test_any_layout_by_three_ranks_at_once(tmp_path: Path) -> None:
 
                 def save(rank: int) -> None:
                     with SharedArena(scenario.arenas[rank]) as arena:
-                        clients[rank].set_plan(scenario.plans[rank], arena.fd)
+                        clients[rank].set_plans([scenario.plans[rank]], arena.fd)
                     receipt = clients[rank].write(make_request(directory, scenario.plans[rank]), timeout_s=60)
                     check_receipt(receipt, scenario.plans[rank], scenario.contents)
                     assert decode_receipt((directory / receipt_name(rank)).read_bytes()) == receipt
@@ -116,7 +117,7 @@ def test_any_layout_by_three_ranks_at_once(tmp_path: Path) -> None:
 def test_the_arena_is_shared_not_copied(client: WriterClient, tmp_path: Path) -> None:
     plan, content = whole_file_plan({"f": b"first"})
     with SharedArena(content) as arena:
-        client.set_plan(plan, arena.fd)
+        client.set_plans([plan], arena.fd)
         assert arena.map is not None
         for number, text in enumerate((b"first", b"again", b"third")):
             arena.map[:5] = text
@@ -129,12 +130,28 @@ def test_a_new_plan_takes_the_place_of_the_old(client: WriterClient, tmp_path: P
         contents = {"f": os.urandom(100 * plan_id)}
         plan = set_plan(client, contents, plan_id=plan_id)
         check_save(client, plan, contents, tmp_path / str(plan_id))
-    with pytest.raises(WriterError, match="does not have plan 1") as caught:
+    with pytest.raises(RuntimeError, match="with plan 1"):
         client.write(make_request(make_attempt_dir(tmp_path / "old"), old), timeout_s=60)
-    assert caught.value.kind == "failed"
     # Of five arenas, one is mapped and held.
     assert Path(f"/proc/{client.pid}/maps").read_text().count("memfd:test-arena") == 1
     assert sum("memfd:test-arena" in file for file in open_files(client.pid).values()) == 1
+
+
+def test_several_plans_over_one_arena(client: WriterClient, tmp_path: Path) -> None:
+    content = os.urandom(9000)
+    plans = []
+    for plan_id, (start, length) in enumerate([(0, 9000), (100, 5000), (4096, 1)], start=1):
+        extent = Extent(file_offset=0, arena_offset=start, length_bytes=length)
+        share = FileShare(name=f"file-{plan_id}", size_bytes=length, extents=(extent,))
+        plan, _ = whole_file_plan({}, plan_id=plan_id)
+        plans.append(replace(plan, arena_bytes=start + length, files=(share,)))
+    with SharedArena(content) as arena:
+        client.set_plans(plans, arena.fd)
+    for plan in (plans[2], plans[0], plans[1], plans[0]):
+        extent = plan.files[0].extents[0]
+        expected = content[extent.arena_offset : extent.arena_offset + extent.length_bytes]
+        directory = tmp_path / os.urandom(4).hex()
+        check_save(client, plan, {plan.files[0].name: expected}, directory)
 
 
 def test_a_rank_with_nothing_to_write_leaves_a_receipt_too(client: WriterClient, tmp_path: Path) -> None:
@@ -227,11 +244,11 @@ def test_impossible_plans_are_refused(client: WriterClient, tmp_path: Path) -> N
     )
     with SharedArena(bytes(100)) as arena:
         with pytest.raises(WriterError, match=r"needs an arena of \d+ bytes, and the descriptor has 100") as caught:
-            client.set_plan(plan, arena.fd)
+            client.set_plans([plan], arena.fd)
         assert caught.value.kind == "failed"
         with pytest.raises(WriterError, match="an extent of 'f' ends at 4096, past its 4095 bytes"):
-            client.set_plan(beyond_arena, arena.fd)
-    with pytest.raises(RuntimeError, match="before set_plan"):
+            client.set_plans([beyond_arena], arena.fd)
+    with pytest.raises(RuntimeError, match="before set_plans"):
         client.write(make_request(tmp_path, plan), timeout_s=60)
     check_save(client, set_plan(client, CONTENTS), CONTENTS, tmp_path / "attempt")
 

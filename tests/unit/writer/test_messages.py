@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stillframe.receipts import decode_receipt, encode_receipt, receipt_from_object, receipt_to_object
 from stillframe.records import (
     Extent,
     FileReceipt,
@@ -17,16 +18,7 @@ from stillframe.records import (
     WriteRequest,
     WrittenExtent,
 )
-from stillframe.writer.messages import (
-    decode_receipt,
-    encode_receipt,
-    plan_from_object,
-    plan_to_object,
-    receipt_from_object,
-    receipt_to_object,
-    request_from_object,
-    request_to_object,
-)
+from stillframe.writer.messages import plan_from_object, plan_to_object, request_from_object, request_to_object
 
 counts = st.integers(0, 2**63 - 1)
 names = st.text(st.characters(codec="utf-8"), min_size=1)
