@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from stillframe.layout.keys import Key, KeyMap, runtime_tensors, save_keys
 from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.shares import PlacedItem, rank_share
 from stillframe.records import FileLayout, InlineFile, Item, Layout, RankShare
+from stillframe.sketch import Sketch
 
 # In the order in which safetensors puts tensors into a file (its Dtype enum, descending).
 SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = {
@@ -124,6 +125,8 @@ def _plan(
         total_parameters=model.num_parameters(),
         world_size=world_size,
     )
+    described = [(n, f"{tuple(t.shape)} {t.dtype} {holdings[n].signature}") for n, t in tensors.items()]
+    layout = replace(layout, sketch=Sketch.of(described))
     share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
     config_dtype = model.dtype if cast is None else saved_dtype(model, tensors, key_map)
     return HuggingFacePlan(
