@@ -547,7 +547,7 @@ class Checkpointer:
             aftermath = run_save(job, ballot, self._meeting, frames.writer, save.tracker, on_published)
             if self._meeting.rank == 0:
                 before.forget()  # every rank has voted on this attempt, so each is done with the one before
-            self._steps[job.kind] = frozenset(aftermath.steps[job.kind])
+            self._steps = {kind: frozenset(steps) for kind, steps in aftermath.steps.items()}
             if aftermath.trouble is not None:
                 raise aftermath.trouble.exception(step=job.step, path=job.final_dir)
         except BaseException as error:  # noqa: BLE001  # the futures must end, and the user must learn, whatever it is

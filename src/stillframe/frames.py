@@ -125,7 +125,9 @@ class Frames:
         for source in sources:
             source.settle()
         writer_lost = self._writer is None or not self._writer.alive
-        if what in self._stagings and not writer_lost and all(source.unchanged() for source in sources):
+        staging = self._stagings.get(what)
+        is_placed = staging is not None and staging.snapshotter is not None
+        if is_placed and not writer_lost and all(source.unchanged() for source in sources):
             return
         with torch.inference_mode(False):  # the plans outlive the block that the save may be called in
             if not all(source.unchanged() for source in sources):

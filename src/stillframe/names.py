@@ -33,9 +33,10 @@ CHECKPOINT_PART = "checkpoint"
 _STEP = r"(0|[1-9][0-9]{0,17})"  # not \d, which takes the digits of every script
 _KIND = f"({'|'.join(KINDS)})"
 _PUBLISHED = re.compile(rf"{_KIND}-{_STEP}")
+_ATTEMPT = r"[0-9a-f]{8,64}\.[0-9]{1,9}"
 _INCOMPLETE = re.compile(rf"\.{_KIND}-{_STEP}\.incomplete")
-_COMPLETE = re.compile(rf"\.{_KIND}-{_STEP}\.complete-([0-9a-f]{{8,64}}\.[0-9]{{1,9}})")
-_RETIRED = re.compile(rf"\.{_KIND}-{_STEP}\.retired-[0-9a-f]{{8,64}}\.[0-9]{{1,9}}")
+_COMPLETE = re.compile(rf"\.{_KIND}-{_STEP}\.complete-({_ATTEMPT})")
+_RETIRED = re.compile(rf"\.{_KIND}-{_STEP}\.retired-{_ATTEMPT}")
 
 
 def published_path(run_dir: Path, kind: str, step: int) -> Path:
@@ -86,6 +87,11 @@ def parse_published(name: str) -> tuple[str, int] | None:
     """`(kind, step)` of a published checkpoint's directory name, None for any other name."""
     match = _PUBLISHED.fullmatch(name)
     return (match[1], int(match[2])) if match else None
+
+
+def is_attempt(text: str) -> bool:
+    """Whether `text` is an attempt's id, so that names may be made of it."""
+    return re.fullmatch(_ATTEMPT, text) is not None
 
 
 def is_retired(name: str) -> bool:

@@ -176,11 +176,27 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """What the start of a job did with a directory that an earlier one had left unpublished.
+
+    `path` is where it was. `action` is "published" (it has its final name now), "removed", or "left" (it stays, since
+    it is not recognised, or something is in the way); `reason` says why.
+    """
+
+    path: Path
+    kind: str
+    step: int
+    action: Literal["published", "removed", "left"]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogEntry:
     """A published checkpoint, as its manifest has it.
 
     Entries order by `sequence`, the order of publication, not by step. `kind` is that of the name: "hf", "checkpoint",
     "snapshot" or "step". `branch` is the branch of the run that published it, "" the first.
+    `metrics` are those that were given at the save and are finite.
     """
 
     path: Path
@@ -201,18 +217,3 @@ class CatalogEntry:
             return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
         except (ValueError, OverflowError):
             return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recovered:
-    """What the start of a job did with a directory that an earlier one had left unpublished.
-
-    `path` is where it was. `action` is "published" (it has its final name now), "removed", or "left" (it stays, since
-    it is not recognised, or something is in the way); `reason` says why.
-    """
-
-    path: Path
-    kind: str
-    step: int
-    action: Literal["published", "removed", "left"]
-    reason: str

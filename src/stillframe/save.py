@@ -155,10 +155,10 @@ def _plan(job: SaveJob, attempt: str) -> AttemptPlan:
 def _after_publication(job: SaveJob, attempt: str, publication: Publication) -> Aftermath:
     """Links to the newest, then retention, then the history. What fails here takes nothing back: it is published."""
     failures = []
-    steps: dict[str, tuple[int, ...]] = {job.kind: ()}
+    steps = steps_by_kind(())
     stage = "link"
     try:
-        point_to_newest(job.run_dir, attempt)
+        point_to_newest(job.run_dir, job.kind, attempt)
         stage = "retention"
         # Not where a link still names an older one: it would dangle if that were removed.
         retain(job.run_dir, job.retention, branch=job.branch, now=datetime.now(UTC), attempt=attempt)
@@ -169,7 +169,7 @@ def _after_publication(job: SaveJob, attempt: str, publication: Publication) -> 
         failures.append((stage, error))
     try:
         publication.clean_up()
-        steps = {job.kind: steps_by_kind(list_checkpoints(job.run_dir, job.kind))[job.kind]}
+        steps = steps_by_kind(list_checkpoints(job.run_dir))  # of all kinds: retention may have removed of any
     except (StillframeError, OSError) as error:
         failures.append(("retention", error))
     if not failures:

@@ -15,6 +15,7 @@ from stillframe.commit.recover import recover
 from stillframe.commit.rendezvous import Rendezvous
 from stillframe.commit.vote import Aftermath, Ballot, Vote
 from stillframe.errors import StillframeError
+from stillframe.names import KINDS
 from stillframe.records import Layout, Recovered
 from stillframe.sketch import Sketch
 
@@ -123,7 +124,8 @@ def _decide(
 
 def _mend_links(run_dir: Path, attempt: str) -> None:
     """Also of what was not recovered now: a job may have ended between a publication and its link."""
-    try:
-        point_to_newest(run_dir, attempt)
-    except OSError as error:
-        _log.warning("a link to the newest checkpoint cannot be mended: %s", error)
+    for kind in KINDS:
+        try:
+            point_to_newest(run_dir, kind, attempt)
+        except OSError as error:
+            _log.warning("the link to the newest checkpoint of kind %s cannot be mended: %s", kind, error)

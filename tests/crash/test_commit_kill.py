@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from awscrt.checksums import crc64nvme
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import stillframe
-from stillframe.errors import SaveFailed, SaveTimeout
+from stillframe.errors import CheckpointExists, SaveFailed, SaveTimeout
 from stillframe.manifest import read_manifest
 from stillframe.testing import Ranks, hold_at, run_ranks
 from stillframe.testing.models import tiny_qwen3
@@ -65,9 +66,32 @@ def writers_of(run_dir: Path) -> Iterator[list[int]]:
         yield pidfds
 
 
-def save_again(run_dir: Path) -> None:
+def save_again(run_dir: Path, is_recovered: bool) -> None:
+    """A new job: what it finds of step 2 when it starts, and then its own save of that step."""
     with open_checkpointer(run_dir, VALUES_OF_NEXT) as ckpt:
-        ckpt.save_hf(2)
+        found = names(run_dir)
+        assert found == ["hf-1", *["hf-2"] * is_recovered, "hf-latest"], found
+        assert (run_dir / "hf-latest").readlink() == Path("hf-2" if is_recovered else "hf-1")
+        if is_recovered:
+            assert_as_published(run_dir / "hf-2")
+            assert value_in(run_dir / "hf-2") == VALUES_OF_KILLED
+            with pytest.raises(CheckpointExists):  # every rank knows it
+                ckpt.save_hf(2)
+        dist.barrier()
+        ckpt.save_hf(2, overwrite=is_recovered)
+        assert value_in(run_dir / "hf-2") == VALUES_OF_NEXT
+
+
+def value_in(checkpoint_dir: Path) -> float:
+    """What all of its weights are."""
+    values = {
+        value
+        for path in checkpoint_dir.glob("*.safetensors")
+        for tensor in load_file(path).values()
+        for value in (tensor.min().item(), tensor.max().item())
+    }
+    (value,) = values
+    return float(value)
 
 
 def assert_as_published(checkpoint_dir: Path) -> None:
@@ -116,9 +140,44 @@ def test_the_others_learn_of_a_killed_trainer_and_nothing_half_is_published(tmp_
         assert names(tmp_path) == ["hf-1", "hf-latest"]
     assert digests(tmp_path / "hf-1") == before
     assert (tmp_path / "hf-latest").readlink() == Path("hf-1")
-    run_ranks(2, save_again, tmp_path)
+    # Where nobody was left to remove it, the writers have left it whole.
+    run_ranks(2, save_again, tmp_path, victim == 0)
     assert names(tmp_path) == ["hf-1", "hf-2", "hf-latest"]
     assert_as_published(tmp_path / "hf-2")
+
+
+def begin_and_be_killed(run_dir: Path) -> None:
+    save_and_be_killed(run_dir, 60.0)
+
+
+def test_what_the_writers_of_a_killed_job_finish_the_next_job_publishes(tmp_path: Path) -> None:
+    with Ranks(2, begin_and_be_killed, tmp_path) as ranks:
+        for rank in (0, 1):
+            ranks.wait_reached("writing", rank=rank)
+        with writers_of(tmp_path) as writers:
+            for rank in (0, 1):
+                ranks.send_signal(rank, signal.SIGKILL)
+            for writer in writers:
+                signal.pidfd_send_signal(writer, signal.SIGCONT)
+            for writer in writers:
+                assert select.select([writer], [], [], 60)[0], "a writer outlived its work"
+    assert len(list(tmp_path.glob(".hf-2.incomplete/.stillframe/receipt-*.json"))) == 2
+    run_ranks(2, save_again, tmp_path, True)
+
+
+def test_what_a_killed_writer_did_not_finish_the_next_job_removes(tmp_path: Path) -> None:
+    with Ranks(2, begin_and_be_killed, tmp_path) as ranks:
+        for rank in (0, 1):
+            ranks.wait_reached("writing", rank=rank)
+        with writers_of(tmp_path) as writers:
+            for rank in (0, 1):
+                ranks.send_signal(rank, signal.SIGKILL)
+            signal.pidfd_send_signal(writers[1], signal.SIGKILL)
+            signal.pidfd_send_signal(writers[0], signal.SIGCONT)
+            for writer in writers:
+                assert select.select([writer], [], [], 60)[0], "a writer outlived its work"
+    assert len(list(tmp_path.glob(".hf-2.incomplete/.stillframe/receipt-*.json"))) == 1
+    run_ranks(2, save_again, tmp_path, False)
 
 
 @pytest.mark.parametrize("where", ["before their request", "between two files"])
@@ -139,7 +198,7 @@ def test_writers_of_a_killed_job_never_write_into_the_directory_of_the_next(tmp_
                 assert not list(hidden_dir.glob(".stillframe/receipt-*"))
             for rank in (0, 1):
                 ranks.send_signal(rank, signal.SIGKILL)
-            run_ranks(2, save_again, tmp_path)
+            run_ranks(2, save_again, tmp_path, False)
             assert names(tmp_path) == ["hf-1", "hf-2", "hf-latest"]
             assert_as_published(tmp_path / "hf-2")
             before = digests(tmp_path)

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from stillframe.names import HISTORY_NAME
+
 
 def footprint() -> Counter[str]:
     """Everything that a process could leave open, by what it is and how often."""
@@ -35,7 +37,7 @@ def grown(before: Mapping[str, int]) -> dict[str, int]:
 
 
 def listing(directory: Path) -> list[str]:
-    """All names below a directory, hidden ones too; nothing if it is none."""
+    """All names below a directory, hidden ones too, but for the run's history; nothing if it is none."""
     if not os.path.isdir(directory):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
         return []
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+    return sorted({str(path.relative_to(directory)) for path in directory.rglob("*")} - {HISTORY_NAME})

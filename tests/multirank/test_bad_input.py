@@ -73,19 +73,19 @@ def test_illegal_steps_are_refused_at_the_call(tmp_path: Path) -> None:
 def step_that_exists(run_dir: Path) -> None:
     with open_checkpointer(run_dir) as ckpt:
         ckpt.save_hf(5)
-        before = digests(run_dir)
+        before = digests(run_dir / "hf-5")
         dist.barrier()
         for save in (ckpt.save_hf, ckpt.async_save_hf):
             with expecting(CheckpointExists, "save of step 5 failed .*/hf-5: it exists already; pass overwrite=True"):
                 save(5)
         ckpt.check()  # it was raised; nothing is kept for later
         assert ckpt.in_flight is None
-        assert digests(run_dir) == before
+        assert digests(run_dir / "hf-5") == before
     # Nor in a later job.
     with open_checkpointer(run_dir) as ckpt:
         with expecting(CheckpointExists, "pass overwrite=True"):
             ckpt.async_save_hf(5)
-        assert digests(run_dir) == before
+        assert digests(run_dir / "hf-5") == before
         dist.barrier()
         ckpt.save_hf(5, overwrite=True)
         assert read_manifest(run_dir / "hf-5").sequence == 2

@@ -87,6 +87,14 @@ def test_what_is_nearly_the_name_of_a_leftover_is_none(name: str, state: str) ->
 
 
 @pytest.mark.parametrize(
+    "text", ["", "0123456789abcdef", "0123456789abcdef.1\n", "0123456789abcdef.1/..", "../x.1", "٣.1"]
+)
+def test_only_what_a_ballot_makes_is_an_attempt(text: str) -> None:
+    assert names.is_attempt("0123456789abcdef.1")
+    assert not names.is_attempt(text)
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "hf-5.incomplete",

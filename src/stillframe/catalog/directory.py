@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from stillframe.names import (
 )
 from stillframe.records import CatalogEntry
 
-EXPORTS = ("hf", TOGETHER)
+FAMILIES = {"hf": ("hf", TOGETHER), "checkpoint": ("checkpoint", TOGETHER), "snapshot": ("snapshot",)}
+"""What has a link to its newest and a rule of retention, and the kinds that count in it. `step-<N>` counts twice."""
+EXPORTS = FAMILIES["hf"]
 """The kinds that hold a Hugging Face directory: `export_dir`."""
 RESUMABLE = ("checkpoint", "snapshot", TOGETHER)
 """The kinds that hold a place to resume from: `checkpoint_dir`."""
@@ -73,21 +76,19 @@ def steps_by_kind(entries: Iterable[CatalogEntry]) -> dict[str, tuple[int, ...]]
     return {kind: tuple(sorted(entry.step for entry in entries if entry.kind == kind)) for kind in KINDS}
 
 
-def point_to_newest(run_dir: Path, attempt: str) -> None:
-    """Have each link `<kind>-latest` name what was published last of its kind; durable on return.
+def point_to_newest(run_dir: Path, kind: str, attempt: str) -> None:
+    """Have the links that a checkpoint of `kind` may be the newest for name the newest there is, if any; durable.
 
-    `hf-latest` and `checkpoint-latest` lead into a `step-<N>` where that is newest. Where there is nothing, a link
-    stays as it is. Raises FileExistsError if something that is no link has its name, and OSError.
+    `hf-latest` leads to `hf-<N>` or `step-<N>/hf`, `checkpoint-latest` to `checkpoint-<N>` or `step-<N>/checkpoint`,
+    `snapshot-latest` to `snapshot-<N>`. Raises FileExistsError if something that is no link has its name, and OSError.
     """
-    for kind, kinds, place in (
-        ("hf", EXPORTS, export_dir),
-        ("checkpoint", ("checkpoint", TOGETHER), checkpoint_dir),
-        ("snapshot", ("snapshot",), checkpoint_dir),
-    ):
-        entry, link = newest(run_dir, *kinds), latest_path(run_dir, kind)
+    for family, kinds in FAMILIES.items():
+        entry = newest(run_dir, *kinds) if kind in kinds else None
         if entry is None:
             continue
+        place = checkpoint_dir if family != "hf" else export_dir
         target = str(place(entry).relative_to(run_dir))
+        link = latest_path(run_dir, family)
         if not (link.is_symlink() and str(link.readlink()) == target):
             replace_link(link, target, attempt)
 
@@ -162,6 +163,6 @@ def _decoded(path: Path, version: tuple[int, ...]) -> _Listed:
         size_bytes=manifest.size_bytes,
         published_at=manifest.published_at,
         branch=manifest.branch,
-        metrics=manifest.metrics,
+        metrics={name: value for name, value in manifest.metrics.items() if math.isfinite(value)},
     )
     return _Listed(entry, tuple((name, file.size) for name, file in manifest.files.items()))

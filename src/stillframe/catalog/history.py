@@ -20,6 +20,7 @@ from typing import Any
 
 from stillframe.catalog.directory import list_checkpoints
 from stillframe.durable import fsync_dir, write_file
+from stillframe.fields import array, integer, required, table, text
 from stillframe.names import HISTORY_NAME
 from stillframe.records import CatalogEntry
 
@@ -188,65 +189,60 @@ def encode_history(history: RunHistory) -> bytes:
 def decode_history(content: bytes) -> RunHistory:
     """Raises ValueError, saying why, for anything that is not a whole history of a known version."""
     try:
-        fields: dict[str, Any] = json.loads(content)
-        if fields["format"] != FORMAT:
-            raise ValueError(f"format {fields['format']!r:.60} is not {FORMAT}")
-        diffs = _texts(fields, "git_diffs")
-        return RunHistory(
-            launches=tuple(_launch(launch, diffs) for launch in _typed(fields, "launches", list)),
-            published=tuple(
-                Published(
-                    name=_typed(entry, "name", str),
-                    kind=_typed(entry, "kind", str),
-                    step=_typed(entry, "step", int),
-                    branch=_typed(entry, "branch", str),
-                    sequence=_typed(entry, "sequence", int),
-                    published_at=_typed(entry, "published_at", str),
-                )
-                for entry in _typed(fields, "published", list)
-            ),
-        )
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
-
-
-def _launch(fields: Any, diffs: Mapping[str, str]) -> Launch:
-    diff = _optional_text(fields, "git_diff")
-    argv = _typed(fields, "argv", list)
-    return Launch(
-        started_at=_typed(fields, "started_at", str),
-        ended_at=_optional_text(fields, "ended_at"),
-        host=_typed(fields, "host", str),
-        argv=tuple(_typed(argv, index, str) for index in range(len(argv))),
-        world_size=_typed(fields, "world_size", int),
-        versions=_texts(fields, "versions"),
-        git_commit=_optional_text(fields, "git_commit"),
-        git_diff=None if diff is None else diffs[diff],
-        branch=_typed(fields, "branch", str),
-        resumed_from=_optional_text(fields, "resumed_from"),
-        begin_step=_typed(fields, "begin_step", int),
-        end_step=_typed(fields, "end_step", int),
+        data = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if text(data, "format") != FORMAT:
+        raise ValueError(f"its format is {data['format']!r:.60}, not {FORMAT}")
+    diffs = _texts(data, "git_diffs")
+    return RunHistory(
+        launches=tuple(_launch(launch, diffs) for launch in array(data, "launches")),
+        published=tuple(
+            Published(
+                name=text(entry, "name"),
+                kind=text(entry, "kind"),
+                step=integer(entry, "step"),
+                branch=text(entry, "branch"),
+                sequence=integer(entry, "sequence"),
+                published_at=text(entry, "published_at"),
+            )
+            for entry in array(data, "published")
+        ),
     )
 
 
-def _typed(fields: Any, key: str | int, kind: type) -> Any:
-    value = fields[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{key} is a {type(value).__name__}, not a {kind.__name__}")
-    return value
+def _launch(data: Any, diffs: Mapping[str, str]) -> Launch:
+    diff = _optional_text(data, "git_diff")
+    argv = array(data, "argv")
+    if not all(isinstance(argument, str) for argument in argv):
+        raise ValueError("'argv' should be a list of texts")
+    return Launch(
+        started_at=text(data, "started_at"),
+        ended_at=_optional_text(data, "ended_at"),
+        host=text(data, "host"),
+        argv=tuple(argv),
+        world_size=integer(data, "world_size"),
+        versions=_texts(data, "versions"),
+        git_commit=_optional_text(data, "git_commit"),
+        git_diff=None if diff is None else text(diffs, diff),
+        branch=text(data, "branch"),
+        resumed_from=_optional_text(data, "resumed_from"),
+        begin_step=integer(data, "begin_step"),
+        end_step=integer(data, "end_step"),
+    )
 
 
-def _optional_text(fields: Any, key: str) -> str | None:
-    return None if fields[key] is None else str(_typed(fields, key, str))
+def _optional_text(data: Any, key: str) -> str | None:
+    return None if required(data, key) is None else text(data, key)
 
 
-def _texts(fields: Any, key: str) -> dict[str, str]:
-    values = _typed(fields, key, dict)
-    return {name: _typed(values, name, str) for name in values}
+def _texts(data: Any, key: str) -> dict[str, str]:
+    values = table(data, key)
+    return {name: text(values, name) for name in values}
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+def _digest(diff: str) -> str:
+    return hashlib.sha256(diff.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _published(entry: CatalogEntry) -> Published:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from stillframe.catalog.directory import EXPORTS, damage, list_checkpoints
+from stillframe.catalog.directory import FAMILIES, damage, list_checkpoints
 from stillframe.durable import remove_tree, retire
 from stillframe.errors import OptionError
-from stillframe.names import TOGETHER, is_retired, retired_path
+from stillframe.names import is_retired, retired_path
 from stillframe.policies import KeepLast, Retention, RetentionPolicy
 from stillframe.records import CatalogEntry
 
@@ -66,14 +66,8 @@ def _superseded(
     own: Sequence[CatalogEntry], retention: Retention, now: datetime
 ) -> tuple[tuple[CatalogEntry, ...], tuple[CatalogEntry, ...]]:
     """What is superseded if all of `own` are whole, and the newest of each family that would lose one by that."""
-    families = [
-        ([entry for entry in own if entry.kind in kinds], policy)
-        for kinds, policy in (
-            (EXPORTS, retention.exports),
-            (("checkpoint", TOGETHER), retention.checkpoints),
-            (("snapshot",), KeepLast(1)),
-        )
-    ]
+    rules = {"hf": retention.exports, "checkpoint": retention.checkpoints, "snapshot": KeepLast(1)}
+    families = [([entry for entry in own if entry.kind in kinds], rules[family]) for family, kinds in FAMILIES.items()]
     kept: set[CatalogEntry] = set()
     for members, policy in families:
         if members:

@@ -126,7 +126,8 @@ def _manifest(found: _Found, inside: Path) -> Manifest | None:
         return None
     except LoadError as error:
         raise _Left(f"its manifest cannot be read: {error.__cause__}") from error
-    return manifest if (manifest.kind, manifest.step) == (found.kind, found.step) else None
+    is_its_own = (manifest.kind, manifest.step) == (found.kind, found.step) and names.is_attempt(manifest.attempt)
+    return manifest if is_its_own else None
 
 
 def _refuse_foreign(found: _Found, inside: Path, manifest: Manifest | None) -> None:
@@ -154,8 +155,8 @@ def _publish_by_plan(run_dir: Path, found: _Found, hidden: HiddenDirectory, sequ
         raise _Removable("it is not whole: rank 0 has not written its plan") from error
     except ValueError as error:
         raise _Removable(f"it is not whole: {error}") from error
-    if (plan.kind, plan.step) != (found.kind, found.step):
-        raise _Removable(f"it is not whole: its plan is that of {plan.kind} step {plan.step}")
+    if (plan.kind, plan.step) != (found.kind, found.step) or not names.is_attempt(plan.attempt):
+        raise _Removable(f"it is not whole: its plan is that of {plan.kind} step {plan.step}, {plan.attempt!r:.80}")
     # What is published stays, whatever was to become of it.
     publication = Publication(run_dir, replace(plan, overwrite=False), hidden=hidden, plan_content=content)
     try:

@@ -44,7 +44,7 @@ class Vote:
 class Aftermath:
     """What rank 0 did after publishing: `trouble` if that failed (the checkpoint is published all the same).
 
-    `steps` are the published steps after retention, by kind: after a save those of its kind, at the start of all.
+    `steps` are the published steps after retention, of every kind.
     `recovered` is what the start did with what ended jobs had left.
     """
 

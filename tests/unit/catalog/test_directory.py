@@ -20,11 +20,15 @@ from stillframe.catalog.directory import (
     list_checkpoints,
     newest,
     next_sequence,
+    point_to_newest,
+    steps_by_kind,
 )
 from stillframe.errors import NotACheckpoint
 from stillframe.names import KINDS, MANIFEST_NAME
 from stillframe.records import CatalogEntry
 from tests.unit.catalog.run_directory import PUBLISHED_AT, add_checkpoint
+
+ATTEMPT = "fedcba9876543210.4"
 
 
 def steps(entries: tuple[CatalogEntry, ...]) -> list[int]:
@@ -108,6 +112,45 @@ def test_what_changed_since_the_last_list_is_seen(tmp_path: Path) -> None:
     manifest.unlink()
     (one / MANIFEST_NAME).unlink()
     assert list_checkpoints(tmp_path) == ()
+
+
+def test_a_metric_that_is_not_finite_is_none(tmp_path: Path) -> None:
+    add_checkpoint(tmp_path, 7, sequence=1, metrics={"loss": float("nan"), "other": float("inf"), "good": 1.5})
+    (entry,) = list_checkpoints(tmp_path)
+    assert entry.metrics == {"good": 1.5}
+    assert damage(entry) is None
+
+
+def test_the_links_lead_to_the_newest_of_each_family(tmp_path: Path) -> None:
+    def links() -> dict[str, str]:
+        return {path.name: str(path.readlink()) for path in tmp_path.iterdir() if path.is_symlink()}
+
+    for kind in KINDS:
+        point_to_newest(tmp_path, kind, ATTEMPT)
+    assert links() == {}
+    for sequence, name in enumerate(("hf-5", "checkpoint-5", "snapshot-6")):
+        kind, step = name.split("-")
+        add_checkpoint(tmp_path, int(step), sequence=sequence, kind=kind)
+        point_to_newest(tmp_path, kind, ATTEMPT)
+    assert links() == {"hf-latest": "hf-5", "checkpoint-latest": "checkpoint-5", "snapshot-latest": "snapshot-6"}
+    add_checkpoint(tmp_path, 4, sequence=7, kind="step")
+    point_to_newest(tmp_path, "step", ATTEMPT)
+    assert links() == {
+        "hf-latest": "step-4/hf",
+        "checkpoint-latest": "step-4/checkpoint",
+        "snapshot-latest": "snapshot-6",
+    }
+    assert (tmp_path / "hf-latest/config.json").is_file()
+    # What was published before does not become the newest by being looked at again.
+    point_to_newest(tmp_path, "hf", ATTEMPT)
+    assert links()["hf-latest"] == "step-4/hf"
+
+
+def test_the_steps_of_every_kind(tmp_path: Path) -> None:
+    for sequence, (kind, step) in enumerate((("hf", 7), ("step", 3), ("hf", 5))):
+        add_checkpoint(tmp_path, step, sequence=sequence, kind=kind)
+    expected = {"hf": (5, 7), "checkpoint": (), "snapshot": (), "step": (3,)}
+    assert steps_by_kind(list_checkpoints(tmp_path)) == expected
 
 
 def test_a_whole_checkpoint_has_no_damage(tmp_path: Path) -> None:

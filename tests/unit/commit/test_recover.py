@@ -407,7 +407,10 @@ def test_what_is_not_recognised_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [".hf-5.incomplete", f".hf-5.complete-{ATTEMPT}"])
-@pytest.mark.parametrize("content", ["a file", "a manifest of another step", "a torn manifest", "a link as manifest"])
+@pytest.mark.parametrize(
+    "content",
+    ["a file", "a manifest of another step", "a torn manifest", "a link as manifest", "an attempt that is none"],
+)
 def test_a_directory_that_no_save_made_is_left_alone_and_reported(tmp_path: Path, name: str, content: str) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -419,6 +422,9 @@ def test_a_directory_that_no_save_made_is_left_alone_and_reported(tmp_path: Path
         (run_dir / name / "stillframe.json").symlink_to(published / "stillframe.json")
     else:
         manifest = (published / "stillframe.json").read_bytes()
+        if content == "an attempt that is none":
+            other = replace(read_manifest(published), step=STEP, attempt="../../outside", files={}, tensors={})
+            manifest = encode_manifest(other)
         (run_dir / name / "stillframe.json").write_bytes(manifest[: 100 if "torn" in content else None])
     before = everything(run_dir)
     (result,) = recover(run_dir, next_sequence=7)
