@@ -21,7 +21,7 @@ BENCHMARKS_DIR = Path(__file__).parent
 sys.path.insert(0, str(BENCHMARKS_DIR.parent))
 
 from benchmarks.limits import BareWrite, WarmCopy  # noqa: E402
-from benchmarks.machine import describe, spread  # noqa: E402
+from benchmarks.machine import describe, pss_bytes, spread  # noqa: E402
 from stillframe.testing import run_ranks  # noqa: E402
 
 WORLD_SIZE = 2
@@ -44,13 +44,6 @@ class RankFigures:
     first: Round
     rounds: tuple[Round, ...]
     extra_bytes: tuple[int, ...]
-
-
-def pss_bytes(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"process {pid} has no Pss")
 
 
 def measure(directory: Path, rounds: int) -> RankFigures:

@@ -33,6 +33,14 @@ def describe(directory: Path) -> str:
     )
 
 
+def pss_bytes(pid: int) -> int:
+    """The proportional set size of a process: what it alone uses of memory, and its share of what others use too."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"process {pid} has no Pss")
+
+
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """`median (minimum to maximum)`."""
     return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

@@ -49,6 +49,7 @@ num_experts = 24
 num_experts_per_tok = 2
 norm_topk_prob = true
 max_position_embeddings = 1024
+attention_dropout = 0.05
 tie_word_embeddings = false
 output_router_logits = true
 router_aux_loss_coef = 0.01
@@ -62,7 +63,7 @@ seq_len = 128
 
 [training]
 total_steps = {total_steps}
-micro_batch_size = 8
+micro_batch_size = 6
 device = "cpu"
 
 [optimizer]
@@ -71,13 +72,17 @@ warmup_steps = 5
 min_lr_ratio = 0.3
 
 [export]
-hf_interval = {hf_interval}
-hf_max_keep = 3
+hf_interval = {save_interval}
+hf_max_keep = 2
 max_shard_size = "40MB"
+
+[checkpoint]
+checkpoint_interval = {save_interval}
+checkpoint_maxkeep = 1
 """
 
 
-def make_inputs(demo_dir: Path, *, total_steps: int, hf_interval: int) -> Path:
+def make_inputs(demo_dir: Path, *, total_steps: int, save_interval: int) -> Path:
     """Write tokenizer, data and configuration into `demo_dir`; returns the path of the configuration."""
     tokenizer_dir = demo_dir / "tokenizer"
     make_tokenizer().save_pretrained(tokenizer_dir)
@@ -97,7 +102,7 @@ def make_inputs(demo_dir: Path, *, total_steps: int, hf_interval: int) -> Path:
             topics_path=topics_path,
             chats_path=chats_path,
             total_steps=total_steps,
-            hf_interval=hf_interval,
+            save_interval=save_interval,
         )
     )
     return config_path

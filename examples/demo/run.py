@@ -1,44 +1,38 @@
-"""The demo: train a small Qwen3-MoE on two ranks, export it while it trains, and check what was exported.
+"""The demo: train a small Qwen3-MoE on two ranks, save it while it trains, check what was saved; kill it, and go on.
 
     python examples/demo/run.py [--dir runs/demo]
 
 Everything is made on the spot and stays in that folder, which a later run of the demo replaces. The exit status is not
-zero if any part fails: training, loading the export with plain Transformers, or comparing it with an unsharded
-`save_pretrained`, file by file.
+zero if any part fails: training, loading the export with plain Transformers, comparing it with an unsharded
+`save_pretrained` file by file, or going on, bit by bit, after all processes were killed in the middle of a save.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jobs import HERE, KillInSave, started
 from screen import GREEN, RED, emphasized, paint, print_table, title
 
-TOTAL_STEPS = 80
-HF_INTERVAL = 10
+TOTAL_STEPS = 60
+SAVE_INTERVAL = 10
+KILL_STEP = 20
 RANKS = 2
 MARKER_NAME = ".stillframe-demo"
 TRAINING_TIMEOUT_S = 900.0
 CHECK_TIMEOUT_S = 300.0
-END_TIMEOUT_S = 45.0
-"""More than the 30 s that torchrun gives its ranks between SIGTERM and SIGKILL."""
-LEAST_FALL = 3.0
+LEAST_FALL = 2.0
 """The loss must fall by at least this many nats, from about ln(2048) = 7.6 at the start."""
-
-HERE = Path(__file__).resolve().parent
 
 
 class DemoFailed(Exception):
@@ -72,22 +66,33 @@ def demo(demo_dir: Path) -> None:
     import transformers
     from inputs import make_inputs
 
-    config_path = make_inputs(demo_dir, total_steps=TOTAL_STEPS, hf_interval=HF_INTERVAL)
+    config_path = make_inputs(demo_dir, total_steps=TOTAL_STEPS, save_interval=SAVE_INTERVAL)
     print(f"in {demo_dir}, from the help topics of Python {platform.python_version()}")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {os.cpu_count()} CPU cores")
 
-    title(f"2  Train on {RANKS} ranks with FSDP2, exporting every {HF_INTERVAL} steps meanwhile")
-    train(config_path, demo_dir / "train.log")
-    steps, exports = read_metrics(demo_dir / "run" / "metrics.jsonl")
+    title(f"2  Train on {RANKS} ranks with FSDP2, saving every {SAVE_INTERVAL} steps meanwhile")
+    run_dir = demo_dir / "run"
+    train(train_command(config_path), demo_dir / "train.log")
+    steps, saves = read_metrics(run_dir)
     check_loss(steps)
-    show_exports(steps, exports)
+    show_saves(steps, saves)
 
-    latest_dir = demo_dir / "run" / "hf-latest"
+    latest_dir = run_dir / "hf-latest"
     title(f"3  Load {latest_dir} in a fresh process, with plain Transformers")
     generate(latest_dir)
 
     title(f"4  Compare it with save_pretrained of the same model, unsharded: {demo_dir / 'reference'}")
     compare(latest_dir, demo_dir / "reference")
+
+    killed_dir = demo_dir / "killed"
+    title(f"5  Train again, and kill every process, with SIGKILL, in the middle of the save of step {KILL_STEP}")
+    command = [*train_command(config_path), "--set", f"run_dir={killed_dir}", "--set", "hooks=[]"]
+    train_and_kill(command, demo_dir / "killed.log", killed_dir / f".checkpoint-{KILL_STEP}.incomplete")
+
+    title("6  Start the same command again")
+    train(command, demo_dir / "resumed.log")
+    compare_steps(run_dir, killed_dir)
+    compare(killed_dir / f"hf-{TOTAL_STEPS}", run_dir / f"hf-{TOTAL_STEPS}", of="the run that was never stopped")
 
 
 def fresh_folder(demo_dir: Path) -> None:
@@ -101,10 +106,13 @@ def fresh_folder(demo_dir: Path) -> None:
     marker_path.write_text("Made by examples/demo/run.py, which replaces this folder when it runs again.\n")
 
 
-def train(config_path: Path, log_path: Path) -> None:
-    """Run `stillframe train` under torchrun; all it prints goes to the log, the telling lines to the screen."""
+def train_command(config_path: Path) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    command = [*launcher, "-m", "stillframe", "train", str(config_path)]
+    return [*launcher, "-m", "stillframe", "train", str(config_path)]
+
+
+def train(command: list[str], log_path: Path) -> None:
+    """Run `stillframe train` under torchrun; all it prints goes to the log, the telling lines to the screen."""
     print("$ torchrun", *command[3:], "\n")
     with started(command, timeout_s=TRAINING_TIMEOUT_S) as process, log_path.open("w") as log:
         assert process.stdout is not None
@@ -114,66 +122,52 @@ def train(config_path: Path, log_path: Path) -> None:
                 print(emphasized(line), end="", flush=True)
         status = process.wait()
     if status != 0:
-        tail = "".join(f"  {line}\n" for line in log_path.read_text().splitlines()[-30:])
-        raise DemoFailed(f"training ended with exit status {status}; the end of {log_path}:\n{tail}")
+        raise DemoFailed(f"training ended with exit status {status}; {end_of(log_path)}")
 
 
-@contextlib.contextmanager
-def started(command: list[str], *, timeout_s: float) -> Iterator[subprocess.Popen[str]]:
-    """A child process, which is gone on exit, and after `timeout_s` in any case; its stderr comes with its stdout."""
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "PYTHONIOENCODING": "utf-8",
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        text=True,
-        encoding="utf-8",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # so that an interrupt from the keyboard reaches this process alone, which then ends it
-    )
-    watchdog = threading.Timer(timeout_s, end, [process])
-    watchdog.start()
-    try:
-        yield process
-    finally:
-        watchdog.cancel()
-        end(process)
+def train_and_kill(command: list[str], log_path: Path, hidden_dir: Path) -> None:
+    """Run it, and SIGKILL all of it while it writes the checkpoint in `hidden_dir`."""
+    print("$ torchrun", *command[3:], "\n")
+    with started(command, timeout_s=TRAINING_TIMEOUT_S) as process, log_path.open("w") as log:
+        assert process.stdout is not None
+        kill = KillInSave(process, hidden_dir)
+        kill.start()
+        for line in process.stdout:
+            log.write(line)
+            if is_telling(line):
+                print(emphasized(line), end="", flush=True)
+        process.wait()
+        kill.join()
+    if not kill.killed:
+        raise DemoFailed(f"the job ended by itself, before {hidden_dir} was seen; {end_of(log_path)}")
+    print(f"\n{paint('SIGKILL', RED)} to {kill.killed} processes: launcher, ranks, writers.", end=" ")
+    if kill.was_unpublished:
+        print(f"{hidden_dir.name} stays behind, unfinished.")
+    else:  # the disk was faster than we were; all that follows holds then, too
+        print(f"The checkpoint of step {KILL_STEP} had been published an instant before.")
 
 
-def end(process: subprocess.Popen[str]) -> None:
-    """SIGTERM, at which torchrun ends its ranks (they are in sessions of their own), then SIGKILL."""
-    process.terminate()
-    try:
-        process.wait(timeout=END_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait(timeout=END_TIMEOUT_S)
+def end_of(log_path: Path) -> str:
+    lines = log_path.read_text().splitlines()[-30:]
+    return f"the end of {log_path}:\n" + "".join(f"  {line}\n" for line in lines)
 
 
 def is_telling(line: str) -> bool:
-    """All but the plain steps: the headline, every fifth step, steps with a save in flight, publications."""
+    """All but the plain steps: the headline, every fifth step, steps with a save in flight, publications, resumes."""
     if line.startswith("step "):
         step = int(line[len("step ") :].split("/")[0])
-        return step == 1 or step % 5 == 0 or "hf-" in line
-    return line.startswith(("hf-", "Qwen3Moe"))
+        return step == 1 or step % 5 == 0 or not line.endswith("s/step\n")
+    return line.startswith(("hf-", "checkpoint-", ".checkpoint-", "resumed", "Qwen3Moe"))
 
 
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    events = [json.loads(line) for line in path.read_text().splitlines()]
-    steps = [event for event in events if event["event"] == "step"]
-    exports = [event for event in events if event["event"] == "hf_export"]
-    if len(steps) != TOTAL_STEPS or len(exports) != TOTAL_STEPS // HF_INTERVAL:
-        raise DemoFailed(f"{path} has {len(steps)} steps and {len(exports)} exports")
-    return steps, exports
+def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Steps and saves. Of several lines of a step, before and after a resume, the last one counts."""
+    events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = list({event["step"]: event for event in events if event["event"] == "step"}.values())
+    saves = [event for event in events if event["event"] in ("hf_export", "checkpoint")]
+    if [step["step"] for step in steps] != [*range(1, TOTAL_STEPS + 1)]:
+        raise DemoFailed(f"{run_dir / 'metrics.jsonl'} has {len(steps)} steps")
+    return steps, saves
 
 
 def check_loss(steps: list[dict[str, Any]]) -> None:
@@ -183,28 +177,34 @@ def check_loss(steps: list[dict[str, Any]]) -> None:
         raise DemoFailed(f"the loss fell from {first:.2f} to {last:.2f} only; expected a fall of {LEAST_FALL}")
 
 
-def show_exports(steps: list[dict[str, Any]], exports: list[dict[str, Any]]) -> None:
-    """One row per export: how long training stood still for it, next to how long a training step takes."""
+def show_saves(steps: list[dict[str, Any]], saves: list[dict[str, Any]]) -> None:
+    """One row per save: how long training stood still for it, next to how long a training step takes."""
+    if len(saves) != 2 * TOTAL_STEPS // SAVE_INTERVAL:
+        raise DemoFailed(f"{len(saves)} saves were published")
     # The first steps are slower for reasons of their own: threads, allocator, connections.
     settled = steps[3:]
     alone_s = statistics.median(step["step_s"] for step in settled if not step["saving"])
     saving = [step["step_s"] for step in settled if step["saving"]]
-    rows = [["export", "staged by rank 0", "stall", "of a step", "written", "published", "known at"]]
-    for export in exports:
+    rows = [["save", "staged by rank 0", "stall", "of a step", "written", "published", "known at"]]
+    for save in saves:
         rows.append(
             [
-                f"hf-{export['step']}",
-                f"{export['staged_bytes'] / 1e6:.1f} MB",
-                f"{export['stall_s'] * 1e3:.0f} ms",
-                f"{export['stall_s'] / alone_s:.1%}",
-                f"{export['written_s']:.2f} s",
-                f"{export['published_s']:.2f} s",
-                f"step {export['seen_at_step']}",
+                Path(save["path"]).name,
+                f"{save['staged_bytes'] / 1e6:.1f} MB" if save["event"] == "checkpoint" else "the same",
+                f"{save['stall_s'] * 1e3:.0f} ms" if save["event"] == "checkpoint" else "the same",
+                f"{save['stall_s'] / alone_s:.1%}" if save["event"] == "checkpoint" else "",
+                f"{save['written_s']:.2f} s",
+                f"{save['published_s']:.2f} s",
+                f"step {save['seen_at_step']}",
             ]
         )
     print(f"one training step: {alone_s:.2f} s", end="")
     print(f"; with a save in flight: {statistics.median(saving):.2f} s\n" if saving else "\n")
     print_table(rows, align="lrrrrrr")
+    print(
+        "A checkpoint and an export of one step are copied together, once, and written one after the other; the first"
+    )
+    print("two also wait for their plan and their memory.")
     print("stall: training stood still. written: on disk, synced. published: complete, under its name; after the call.")
 
 
@@ -221,14 +221,14 @@ def generate(checkpoint_dir: Path) -> None:
         raise DemoFailed(f"loading and generating ended with exit status {status}")
 
 
-def compare(export_dir: Path, reference_dir: Path) -> None:
-    """sha256 of every file; the export may have one more, stillframe's manifest."""
-    expected, found = digests(reference_dir), digests(export_dir)
-    rows = [["file", "bytes", "sha256 of the export", "save_pretrained"]]
+def compare(export_dir: Path, expected_dir: Path, *, of: str = "save_pretrained") -> None:
+    """sha256 of every file; the manifests of stillframe say when they were written, and are left out."""
+    expected, found = digests(expected_dir), digests(export_dir)
+    rows = [["file", "bytes", "sha256 of the export", of]]
     different = []
     for name in sorted(expected.keys() | found.keys()):
         ours, theirs = found.get(name), expected.get(name)
-        is_manifest = name == "stillframe.json" and theirs is None
+        is_manifest = name == "stillframe.json"
         if ours != theirs and not is_manifest:
             different.append(name)
         verdict = "identical" if ours == theirs else "(stillframe's manifest)" if is_manifest else "DIFFERENT"
@@ -238,7 +238,27 @@ def compare(export_dir: Path, reference_dir: Path) -> None:
         rows.append([name, size, ours[:32] if ours else "NOT THERE", verdict])
     print_table(rows, align="lrll")
     if different:
-        raise DemoFailed(f"{export_dir} and {reference_dir} differ in {', '.join(different)}")
+        raise DemoFailed(f"{export_dir} and {expected_dir} differ in {', '.join(different)}")
+
+
+def compare_steps(expected_dir: Path, resumed_dir: Path) -> None:
+    """Loss and gradient norm of each step: those of the run that was killed, to the last bit those of the other."""
+    expected, resumed = read_metrics(expected_dir)[0], read_metrics(resumed_dir)[0]
+    rows = [["step", "loss, never stopped", "loss, killed and resumed", ""]]
+    different = []
+    for one, other in zip(expected, resumed, strict=True):
+        is_equal = (one["loss"], one["grad_norm"]) == (other["loss"], other["grad_norm"])
+        if not is_equal:
+            different.append(one["step"])
+        if one["step"] % 5 == 0 or not is_equal:
+            rows.append(
+                [str(one["step"]), repr(one["loss"]), repr(other["loss"]), "equal" if is_equal else "DIFFERENT"]
+            )
+    print()
+    print_table(rows, align="rrrl")
+    if different:
+        raise DemoFailed(f"losses or gradient norms differ at steps {', '.join(map(str, different))}")
+    print(f"{paint('equal', GREEN)} to the last bit: loss and gradient norm of all {len(expected)} steps\n")
 
 
 def digests(directory: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ import os
 import sys
 
 BOLD, RED, GREEN = 1, 31, 32
-TELLING_WORDS = {"identical": GREEN, "published:": GREEN, "DIFFERENT": RED, "NOT THERE": RED}
+TELLING_WORDS = {"resumed at": GREEN, "identical": GREEN, "published:": GREEN, "DIFFERENT": RED, "NOT THERE": RED}
 IS_TERMINAL = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 

@@ -215,7 +215,7 @@ class Checkpointer:
         names it `snapshot-<step>`, of which only the newest is kept.
 
         Blocks, resolves and raises as `async_save_hf` does. The first save after the optimizer got its state also lays
-        it out and makes the arena larger.
+        it out and makes the arena larger, unless `prepare` was called.
         """
         kinds = ("snapshot" if snapshot else "checkpoint",)
         return self._launch("checkpoint", kinds, step, train_state, metrics, overwrite)[0]
@@ -239,16 +239,19 @@ class Checkpointer:
         *,
         train_state: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
+        snapshot: bool = False,
         overwrite: bool = False,
     ) -> tuple[Future[Path], Future[Path]]:
         """Save a checkpoint and an export of the same step; returns their futures, in this order.
 
         What both need in the same dtype is copied once. They are written and published one after the other, the
         checkpoint first, and one may fail without the other. With the option `publish_together` both lie in one
-        directory, `<run_dir>/step-<step>/checkpoint` and `hf`, published by one rename: both or neither.
+        directory, `<run_dir>/step-<step>/checkpoint` and `hf`, published by one rename: both or neither. A snapshot
+        and an export are two directories always.
         """
-        what: What = "step" if self._options.publish_together else "both"
-        kinds = ("step",) if self._options.publish_together else ("checkpoint", "hf")
+        as_one = self._options.publish_together and not snapshot
+        what: What = "step" if as_one else "both"
+        kinds = (TOGETHER,) if as_one else ("snapshot" if snapshot else "checkpoint", "hf")
         checkpoint, export = self._launch(what, kinds, step, train_state, metrics, overwrite)
         return checkpoint, export
 
@@ -258,12 +261,32 @@ class Checkpointer:
         *,
         train_state: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
+        snapshot: bool = False,
         overwrite: bool = False,
     ) -> tuple[Path, Path]:
         """Save as `async_save_both` does, and wait until both are over; returns both paths, the checkpoint's first."""
-        futures = self.async_save_both(step, train_state=train_state, metrics=metrics, overwrite=overwrite)
+        futures = self.async_save_both(
+            step, train_state=train_state, metrics=metrics, snapshot=snapshot, overwrite=overwrite
+        )
         checkpoint, export = self._finish(futures)
         return checkpoint, export
+
+    def prepare(self, *, both: bool = False) -> None:
+        """Do now what the first checkpoint (with `both`: also the first `async_save_both`) would do before it copies:
+        lay it out, enlarge the arena.
+
+        Call it once the optimizer has its state, after the first step; `resume` does it for checkpoints. Each rank does
+        its own part, without the others. Blocks while a save is in flight. Raises LayoutError or StillframeError.
+        """
+        frames = self._live_frames()
+        whats: list[What] = ["checkpoint"]
+        if both:
+            whats.append("step" if self._options.publish_together else "both")
+        for what in whats:
+            frames.refuse_unplanned(what)
+        self._wait_for_in_flight()
+        for what in whats:
+            frames.prepare(what)
 
     # Going on
 
@@ -305,12 +328,15 @@ class Checkpointer:
             run_dir=self._options.run_dir,
             path=None if path is None else Path(path),
             fallback=fallback,
-            skip=frozenset(skip),
-            reset=frozenset(reset),
+            skip=frozenset([skip] if isinstance(skip, str) else skip),
+            reset=frozenset([reset] if isinstance(reset, str) else reset),
             verify=verify,
         )
         resumed = resume(choice, frames.resumable, self._next_ballot, self._meeting, self._go_on_from)
         if resumed is not None:
+            gone = set(resumed.passed_over)
+            for kind, steps in self._steps.items():
+                self._steps[kind] = frozenset(s for s in steps if published_path(choice.run_dir, kind, s) not in gone)
             frames.prepare("checkpoint")  # now that the optimizer has its state, before training begins
         return resumed
 
@@ -591,7 +617,7 @@ class Checkpointer:
     def _close_behind(self) -> None:
         try:
             self.close()
-        except StillframeError as error:
+        except (StillframeError, OSError) as error:  # OSError: the interpreter has ended, and closed what is used here
             _log.error("while closing after an exception: %s", error)
 
 

@@ -95,10 +95,8 @@ def encode_train_state(step: int, train_state: Mapping[str, Any] | None) -> byte
     return (text + "\n").encode()
 
 
-def decode_train_state(content: bytes | None, path: Path) -> dict[str, Any]:
-    """What `encode_train_state` made this of (of None: nothing); raises CorruptCheckpoint, naming `path`."""
-    if content is None:
-        return {}
+def decode_train_state(content: bytes, path: Path) -> dict[str, Any]:
+    """What `encode_train_state` made this of; raises CorruptCheckpoint, naming `path`."""
     try:
         state = json.loads(content)
         if not isinstance(state, dict):

@@ -12,7 +12,7 @@ import json
 import logging
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ class Resumed:
 
     `step` and `train_state` are those of the save; of a directory that stillframe did not write, None and empty.
     `world_size`: how many ranks saved it, None likewise. `left_as_they_are`: parts that could not be put back on this
-    number of ranks (`reset` named them), or that the checkpoint does not have. `bytes_read` counts this rank's.
+    number of ranks (`reset` named them), or that the checkpoint does not have. `passed_over`: damaged directories that
+    were newer; they have been renamed. `bytes_read` counts this rank's.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Resumed:
     train_state: Mapping[str, Any]
     world_size: int | None
     left_as_they_are: tuple[str, ...]
+    passed_over: tuple[Path, ...]
     bytes_read: int
 
 
@@ -96,9 +98,10 @@ def resume(
             path, is_last = _agree_on_a_path(choice, len(damaged), ballot, meeting)
             if path is None:
                 return None
-            return _load_on_all_ranks(
+            resumed = _load_on_all_ranks(
                 path, choice, resumable, ballot, meeting, lambda resumed: on_loaded(resumed, damaged)
             )
+            return replace(resumed, passed_over=tuple(map(published_dir, damaged)))
         except (CorruptCheckpoint, NotACheckpoint) as error:
             if path is None or is_last or not choice.fallback:
                 raise
@@ -200,7 +203,7 @@ def branch_of(run_dir: Path, resumed_from: Path | None, damaged: Sequence[Path] 
 
     `resumed_from` None: nothing is resumed. `damaged` were passed over, and do not count.
     """
-    entries = [entry for entry in list_checkpoints(run_dir) if entry.path not in map(_entry_path, damaged)]
+    entries = [entry for entry in list_checkpoints(run_dir) if entry.path not in map(published_dir, damaged)]
     if not entries:
         return ""
     if resumed_from is None:
@@ -213,14 +216,14 @@ def branch_of(run_dir: Path, resumed_from: Path | None, damaged: Sequence[Path] 
 
 def set_aside(damaged: Sequence[Path], attempt: str) -> None:
     """Give damaged checkpoints names that are nobody's, so that their steps can be saved again; nothing is deleted."""
-    for path in map(_entry_path, damaged):
+    for path in map(published_dir, damaged):
         aside = path.with_name(f"{path.name}.damaged-{attempt}")
         path.rename(aside)
         fsync_dir(path.parent)
         _log.error("the damaged %s is set aside as %s; delete it once you need nothing from it", path, aside)
 
 
-def _entry_path(checkpoint_path: Path) -> Path:
+def published_dir(checkpoint_path: Path) -> Path:
     """The published directory that a DCP directory is or lies in."""
     return checkpoint_path if parse_published(checkpoint_path.name) is not None else checkpoint_path.parent
 
@@ -229,7 +232,9 @@ def _load(path: Path, choice: ResumeChoice, resumable: Resumable, meeting: Rende
     """This rank's part. Everything is compared before anything is changed; the random state is put back last."""
     with open_distcp(path) as directory:
         states, left = _rank_states(directory, choice, resumable, meeting)
-        train_state = decode_train_state(directory.read_checked(TRAIN_STATE_NAME), path / TRAIN_STATE_NAME)
+        train_state = {}
+        if directory.manifest is not None:
+            train_state = decode_train_state(directory.read_checked(TRAIN_STATE_NAME), path / TRAIN_STATE_NAME)
         model = model_targets(resumable.model, directory.tensors, directory.paths, save_frozen=resumable.save_frozen)
         optimizers = None
         wanted = [model]
@@ -255,6 +260,7 @@ def _load(path: Path, choice: ResumeChoice, resumable: Resumable, meeting: Rende
         train_state=train_state,
         world_size=None if manifest is None else manifest.world_size,
         left_as_they_are=left,
+        passed_over=(),
         bytes_read=bytes_read,
     )
 

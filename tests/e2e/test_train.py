@@ -80,7 +80,7 @@ def test_two_ranks_train_export_and_the_export_is_usable(work_dir: Path) -> None
     assert "hf-6 published" in ended.stdout
 
     run_dir = work_dir / "run"
-    assert {path.name for path in run_dir.iterdir()} == {"hf-4", "hf-6", "hf-latest", "metrics.jsonl"}
+    assert {path.name for path in run_dir.iterdir()} == {"hf-4", "hf-6", "hf-latest", "metrics.jsonl", "run.json"}
     assert (run_dir / "hf-latest").readlink() == Path("hf-6")
     heard = [(work_dir / f"hooks-{rank}.jsonl").read_text() for rank in range(2)]
     assert heard[0] == heard[1]

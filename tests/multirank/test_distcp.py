@@ -60,7 +60,9 @@ def _save(directory: Path, how: str) -> tuple[str, int]:
 
 def _write(directory: Path, plan: DistcpPlan, tree: StateTree) -> None:
     arena = Arena(plan.share.plan.arena_bytes)
-    Snapshotter(plan.tensors, plan.share.copies, plan.share.envelopes, arena).copy()
+    snapshotter = Snapshotter(plan.tensors, plan.share.copies, plan.share.envelopes, arena)
+    snapshotter.lay_envelopes()
+    snapshotter.copy()
     for file in plan.share.plan.files:
         with (directory / file.name).open("xb") as opened:
             for extent in file.extents:

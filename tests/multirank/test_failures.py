@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 import stillframe
 from stillframe.errors import SaveFailed, StillframeError, WriteFailed, WriterDied
+from stillframe.names import HISTORY_NAME
 from stillframe.testing import Ranks, hold_at, reached, run_process, run_ranks
 from stillframe.testing.models import tiny_qwen3
 from tests.multirank.exports import digests, distribute
@@ -49,7 +50,8 @@ def expect_once(ckpt: stillframe.Checkpointer, cls: type[StillframeError], said:
 
 
 def names(run_dir: Path) -> list[str]:
-    return sorted(path.name for path in run_dir.iterdir())
+    """What is in a run directory, but for its history."""
+    return sorted({path.name for path in run_dir.iterdir()} - {HISTORY_NAME})
 
 
 # Writers that die
@@ -68,7 +70,7 @@ def kill_idle_writer(run_dir: Path) -> None:
 
 def test_a_writer_that_died_between_two_saves_is_replaced(tmp_path: Path) -> None:
     run_ranks(2, kill_idle_writer, tmp_path)
-    assert names(tmp_path) == ["hf-1", "hf-2", "hf-latest", "run.json"]
+    assert names(tmp_path) == ["hf-1", "hf-2", "hf-latest"]
     first, second = (digests(tmp_path / name) for name in ("hf-1", "hf-2"))
     del first["stillframe.json"], second["stillframe.json"]
     assert first == second
@@ -107,7 +109,7 @@ def test_a_writer_that_dies_during_a_save_fails_it_on_all_ranks_and_is_replaced(
     tmp_path: Path, victims: tuple[int, ...]
 ) -> None:
     assert run_ranks(2, kill_busy_writers, tmp_path, victims) == [[1, 3], [1, 3]]
-    assert names(tmp_path) == ["hf-1", "hf-3", "hf-latest", "run.json"]
+    assert names(tmp_path) == ["hf-1", "hf-3", "hf-latest"]
     assert listing(tmp_path / "hf-3") == CHECKPOINT
 
 
@@ -147,7 +149,7 @@ def test_a_disk_that_fills_up_while_it_is_written_fails_the_save_on_all_ranks(
 ) -> None:
     run_dir = mount_tmpfs("size=4m")
     run_ranks(2, fill_the_disk, run_dir)
-    assert names(run_dir) == ["hf-1", "hf-latest", "run.json"]
+    assert names(run_dir) == ["hf-1", "hf-latest"]
 
 
 def truncate_the_weights(hidden_dir: Path) -> None:
@@ -227,7 +229,7 @@ def test_what_changes_between_writing_and_publishing_is_not_published(tmp_path: 
     assert errors[0] == errors[1]
     for error, (_, said) in zip(errors[0], TAMPERING, strict=True):
         assert re.search(said, error), error
-    assert names(tmp_path) == [f"hf-{len(TAMPERING) + 1}", "hf-latest", "run.json"]
+    assert names(tmp_path) == [f"hf-{len(TAMPERING) + 1}", "hf-latest"]
 
 
 # What comes after publication
@@ -250,7 +252,7 @@ def link_that_cannot_be_made(run_dir: Path) -> None:
         ckpt.check()
         dist.barrier()
         # Nothing is removed as long as the link may still name it.
-        assert names(run_dir) == ["hf-1", "hf-2", "hf-3", "hf-latest", "run.json"]
+        assert names(run_dir) == ["hf-1", "hf-2", "hf-3", "hf-latest"]
         assert [report.step for report in ckpt.reports] == [1, 2, 3]
         dist.barrier()
         if dist.get_rank() == 0:
@@ -261,7 +263,7 @@ def link_that_cannot_be_made(run_dir: Path) -> None:
 
 def test_a_link_that_cannot_be_made_is_told_and_the_checkpoint_is_published(tmp_path: Path) -> None:
     run_ranks(2, link_that_cannot_be_made, tmp_path)
-    assert names(tmp_path) == ["hf-4", "hf-latest", "run.json"]
+    assert names(tmp_path) == ["hf-4", "hf-latest"]
     assert (tmp_path / "hf-latest").readlink() == Path("hf-4")
 
 
@@ -282,7 +284,7 @@ def old_one_that_stays(run_dir: Path) -> str | None:
             with pytest.raises(SaveFailed, match=said):
                 ckpt.save_hf(2)
             dist.barrier()
-            assert names(run_dir) == ["hf-1", "hf-2", "hf-latest", "run.json"]
+            assert names(run_dir) == ["hf-1", "hf-2", "hf-latest"]
             dist.barrier()
         dist.barrier()
         ckpt.save_hf(3)
@@ -293,7 +295,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_told_and_removed_when_it_ca
     for problem in run_ranks(2, old_one_that_stays, tmp_path):
         if problem is not None:
             pytest.skip(problem)
-    assert names(tmp_path) == ["hf-3", "hf-latest", "run.json"]
+    assert names(tmp_path) == ["hf-3", "hf-latest"]
 
 
 # A rank 0 that says nothing
@@ -428,7 +430,7 @@ def test_a_training_that_ends_without_closing_still_publishes_its_last_save(tmp_
     with training(f"ckpt.async_save_hf(1)\n{end}", tmp_path / "run", tmp_path / "log") as ended:
         assert ended.status == 0, ended.said
         assert "a Checkpointer was not closed before the interpreter ended; closing it now" in ended.said
-    assert names(tmp_path / "run") == ["hf-1", "hf-latest", "run.json"]
+    assert names(tmp_path / "run") == ["hf-1", "hf-latest"]
 
 
 def live_on(run_dir: Path) -> dict[str, int]:
@@ -453,7 +455,7 @@ def live_on(run_dir: Path) -> dict[str, int]:
 
 def test_a_process_that_lives_on_after_an_exception_gets_everything_back(tmp_path: Path) -> None:
     assert run_process(live_on, tmp_path) == {}
-    assert names(tmp_path) == ["hf-1", "hf-latest", "run.json"]
+    assert names(tmp_path) == ["hf-1", "hf-latest"]
 
 
 def drop_it(run_dir: Path) -> dict[str, int]:

@@ -98,7 +98,9 @@ def plan_rank(
         )
         plan = plan_distcp(tree, rank=rank, world_size=world_size, plan_id=1, max_file_bytes=max_file_bytes)
         arena = Arena(plan.share.plan.arena_bytes)
-        Snapshotter(plan.tensors, plan.share.copies, plan.share.envelopes, arena).copy()
+        snapshotter = Snapshotter(plan.tensors, plan.share.copies, plan.share.envelopes, arena)
+        snapshotter.lay_envelopes()
+        snapshotter.copy()
         staged = arena.bytes.numpy().tobytes()
         arena.close()
     for file in plan.share.plan.files:

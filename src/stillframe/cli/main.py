@@ -70,9 +70,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "train",
-        help="train a Transformers model, exporting Hugging Face checkpoints meanwhile",
+        help="train a Transformers model, saving it meanwhile; go on after a stop",
         description=(
-            "Train the model of CONFIG.toml and export it as Hugging Face checkpoints RUN_DIR/hf-STEP while it trains. "
+            "Train the model of CONFIG.toml. Meanwhile save it as Hugging Face checkpoints RUN_DIR/hf-STEP and, with a "
+            "[checkpoint] section, what it takes to go on: started again with the same command, it goes on from there. "
             "On several devices or processes, start it with torchrun:\n\n"
             "  torchrun --nproc-per-node 8 -m stillframe train CONFIG.toml\n\n"
             "Without torchrun it trains in this process alone."

@@ -8,6 +8,7 @@ where it came from, the value and what is legal. Relative paths are relative to 
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,14 @@ Table = dict[str, Any]
 Section = TypeVar("Section")
 
 
-def key(rule: Rule, default: Any = dataclasses.MISSING) -> Any:
-    """A field of a section: its rule, and its default unless it must be given."""
-    return dataclasses.field(default=default, metadata={"rule": rule})
+def key(rule: Rule, default: Any = dataclasses.MISSING, *, name: str | None = None) -> Any:
+    """A field of a section: its rule, its default unless it must be given, its name in the file if that is another."""
+    return dataclasses.field(default=default, metadata={"rule": rule, "name": name})
+
+
+def key_name(field: dataclasses.Field[Any]) -> str:
+    """What the field is called in the file."""
+    return field.metadata.get("name") or field.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,13 +94,55 @@ class ExportConfig:
     """[export] Hugging Face checkpoints `hf-<step>` in the run directory.
 
     Without `hf_interval` there is one, at the end; with it, one at each multiple and one at the last step. Without
-    `hf_max_keep` all are kept. With `async_hf_export = false` training waits for each.
+    `hf_max_keep`, or with -1, all are kept. With `async_hf_export = false` training waits for each.
     """
 
     hf_interval: int | None = key(rules.integer(at_least=1), None)
-    hf_max_keep: int | None = key(rules.integer(at_least=1), None)
+    hf_max_keep: int | None = key(rules.integer(at_least=1, or_minus_one=True), None)
     async_hf_export: bool = key(rules.boolean, True)
     max_shard_size: str | int = key(rules.size, "50GB")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """[checkpoint] What a run needs to go on: checkpoints `checkpoint-<step>` and snapshots `snapshot-<step>`.
+
+    A checkpoint is saved at each multiple of `checkpoint_interval` and at the last step; with -1 at the last step only,
+    without the key never. `checkpoint_maxkeep`: that many are kept, the newest; all without it, or with -1. A snapshot
+    is saved at each multiple of `snapshot_interval` that saves no checkpoint; one is kept.
+
+    With `async_checkpoint = false` training waits for each. With `publish_together` an export and a checkpoint of one
+    step appear as one, `step-<step>/`. `save_frozen = false` leaves out parameters that are not trained.
+    """
+
+    checkpoint_interval: int | None = key(rules.integer(at_least=1, or_minus_one=True), None)
+    checkpoint_maxkeep: int | None = key(rules.integer(at_least=1, or_minus_one=True), None)
+    snapshot_interval: int | None = key(rules.integer(at_least=1), None)
+    async_checkpoint: bool = key(rules.boolean, True)
+    publish_together: bool = key(rules.boolean, False)
+    save_frozen: bool = key(rules.boolean, True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeConfig:
+    """[resume] Where a run goes on from, and with what.
+
+    `auto`: from the newest checkpoint or snapshot in `run_dir`; without it, a `run_dir` that holds any is refused.
+    `from`: a checkpoint's directory, from which this run starts while `run_dir` has nothing of its own to resume from.
+    `fallback`: where the newest is damaged, go back to the next older one that is good, rather than end with an error.
+
+    The `load_` keys say what is taken from there; a run's own checkpoints are always loaded whole. What is not loaded
+    begins anew: the optimizer's state; the schedule, over the remaining steps; the position in the data; the random
+    state of each rank.
+    """
+
+    auto: bool = key(rules.boolean, True)
+    from_dir: str | None = key(rules.text, None, name="from")
+    fallback: bool = key(rules.boolean, False)
+    load_optimizer: bool = key(rules.boolean, True)
+    load_schedule: bool = key(rules.boolean, True)
+    load_dataset: bool = key(rules.boolean, True)
+    load_rng: bool = key(rules.boolean, True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +157,8 @@ class TrainConfig:
     training: TrainingConfig
     optimizer: OptimizerConfig
     export: ExportConfig
+    checkpoint: CheckpointConfig
+    resume: ResumeConfig
 
 
 SECTIONS: dict[str, type] = {
@@ -117,6 +167,8 @@ SECTIONS: dict[str, type] = {
     "training": TrainingConfig,
     "optimizer": OptimizerConfig,
     "export": ExportConfig,
+    "checkpoint": CheckpointConfig,
+    "resume": ResumeConfig,
 }
 
 
@@ -182,7 +234,7 @@ def _parse_section(kind: type[Section], table: Table, prefix: str, source: str, 
 
 def _parse_values(kind: type, table: Table, prefix: str, source: str, origins: dict[str, str]) -> Table:
     """The values of one section, each through its rule; refuses unknown keys, and missing ones without default."""
-    fields = {field.name: field for field in dataclasses.fields(kind) if "rule" in field.metadata}
+    fields = {key_name(field): field for field in dataclasses.fields(kind) if "rule" in field.metadata}
     known = [*fields, *(f"[{name}]" for name in SECTIONS)] if not prefix else list(fields)
     values = {}
     for name, value in table.items():
@@ -190,11 +242,11 @@ def _parse_values(kind: type, table: Table, prefix: str, source: str, origins: d
         if name not in fields:
             raise OptionError(f"{where}: unknown key; known here: {', '.join(known)}")
         try:
-            values[name] = fields[name].metadata["rule"](value)
+            values[fields[name].name] = fields[name].metadata["rule"](value)
         except rules.Illegal as error:
             raise OptionError(f"{where} = {value!r}: must be {error}") from error
     for name, field in fields.items():
-        if name not in values and field.default is dataclasses.MISSING:
+        if field.name not in values and field.default is dataclasses.MISSING:
             raise OptionError(f"{source}: {prefix}{name} is missing")
     return values
 
@@ -217,7 +269,45 @@ def _check_together(config: TrainConfig, source: str) -> None:
         )
     if model.dtype == "bfloat16" and training.compute_dtype == "float32":
         raise OptionError(f"{source}: training.compute_dtype = 'float32' needs model.dtype = 'float32'")
+    _check_saves(config, source)
     for hook in config.hooks:
         module, colon, name = hook.partition(":")
         if not (module and colon and name):
             raise OptionError(f"{source}: hooks: {hook!r} must be 'module:name'")
+
+
+def _check_saves(config: TrainConfig, source: str) -> None:
+    """Refuse what is set and would have no effect."""
+    checkpoint = config.checkpoint
+    needing = {
+        "checkpoint_maxkeep": checkpoint.checkpoint_maxkeep is not None,
+        "publish_together": checkpoint.publish_together,
+    }
+    for name, is_set in needing.items():
+        if is_set and checkpoint.checkpoint_interval is None:
+            raise OptionError(f"{source}: checkpoint.{name} means nothing without checkpoint.checkpoint_interval")
+    for field in dataclasses.fields(ResumeConfig):
+        is_off = field.name.startswith("load_") and not getattr(config.resume, field.name)
+        if is_off and config.resume.from_dir is None:
+            raise OptionError(f"{source}: resume.{field.name} = false means nothing without resume.from")
+
+
+def as_record(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON takes it, by dotted keys ("model.config" is one); for checkpoints, and to compare."""
+    record: dict[str, Any] = {}
+    for section, part in [("", config), *((f"{name}.", getattr(config, name)) for name in SECTIONS)]:
+        for field in dataclasses.fields(part):
+            if "rule" in field.metadata:
+                record[section + key_name(field)] = _plain(getattr(part, field.name))
+    return record
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, and text for the infinity and the times that TOML has and JSON has not."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, bool | int | str) or value is None or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)

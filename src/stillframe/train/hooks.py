@@ -23,11 +23,11 @@ class Hook:
     trainer: Trainer
 
     def connect(self, trainer: Trainer) -> None:
-        """Called once, before the first step."""
+        """Called once, before the first step; in a run that resumes, after everything was put back."""
         self.trainer = trainer
 
     def after_train_step(self, step: int) -> None:
-        """Called after each optimizer step, before anything is exported at it."""
+        """Called after each optimizer step, before anything is saved at it."""
 
     def after_hf_export(self, path: Path, step: int, epoch: int, total_step: int, total_epoch: int) -> None:
         """Called once the export of `step` is published at `path`, complete and durable, in the order of steps.
@@ -35,6 +35,12 @@ class Hook:
         An asynchronous export is published while later steps run: the call comes between two steps, as soon as every
         rank knows of it. `step` and `epoch` are those of the export.
         """
+
+    def after_checkpoint(self, path: Path, step: int, epoch: int, total_step: int, total_epoch: int) -> None:
+        """Called in the same way once the checkpoint of `step` is published at `path`."""
+
+    def after_snapshot(self, path: Path, step: int, epoch: int, total_step: int, total_epoch: int) -> None:
+        """Called in the same way once the snapshot of `step` is published at `path`; the next one replaces it."""
 
 
 def load_hooks(names: Sequence[str]) -> list[Hook]:

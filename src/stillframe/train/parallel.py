@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -97,3 +99,14 @@ def set_gradient_sync(model: torch.nn.Module, *, last_micro_step: bool) -> None:
     """Reduce gradients over the ranks in the backward of the last micro-batch only; the others accumulate locally."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last_micro_step)
+
+
+def seed_own_numbers(ranks: Ranks, *, seed: int, step: int) -> None:
+    """Start this rank's random numbers (torch on every device, NumPy, Python) for what follows `step`: dropout, hooks.
+
+    A function of seed, step and rank, so that no two ranks drop the same units, and none repeats what it drew before.
+    """
+    torch_seed, numpy_seed, python_seed = np.random.SeedSequence((seed, step, ranks.rank)).generate_state(3, np.uint64)
+    torch.manual_seed(int(torch_seed))
+    np.random.seed(int(numpy_seed) % 2**32)
+    random.seed(int(python_seed))

@@ -23,12 +23,17 @@ class Illegal(Exception):
     """The message says what would have been legal."""
 
 
-def integer(*, at_least: int, at_most: int | None = None) -> Rule:
+def integer(*, at_least: int, at_most: int | None = None, or_minus_one: bool = False) -> Rule:
     """An integer within bounds, not a boolean (which Python counts as one)."""
     legal = f"an integer of at least {at_least}" + ("" if at_most is None else f" and at most {at_most}")
+    legal += ", or -1" if or_minus_one else ""
 
     def rule(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise Illegal(legal)
+        if or_minus_one and value == -1:
+            return value
+        if value < at_least:
             raise Illegal(legal)
         if at_most is not None and value > at_most:
             raise Illegal(legal)

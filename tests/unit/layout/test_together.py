@@ -67,6 +67,7 @@ class Written:
     def write(self, share: RankShare, tensors: Mapping[str, torch.Tensor], *more: WritePlan) -> None:
         arena = Arena(share.plan.arena_bytes)
         snapshotter = Snapshotter(tensors, share.copies, share.envelopes, arena)
+        snapshotter.lay_envelopes()
         snapshotter.copy()
         for plan in (share.plan, *more):
             for file in plan.files:

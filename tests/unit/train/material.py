@@ -80,6 +80,8 @@ def table(work_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "training": {"total_steps": 4, "device": "cpu"},
         "optimizer": {"lr": 3e-3},
         "export": {},
+        "checkpoint": {},
+        "resume": {},
     }
     for name, values in sections.items():
         whole[name] |= values

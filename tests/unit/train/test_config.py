@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from stillframe.errors import OptionError
-from stillframe.train.config import SECTIONS, TrainConfig, load_config, parse_config
+from stillframe.train.config import SECTIONS, TrainConfig, as_record, key_name, load_config, parse_config
 
 MINIMAL = """
 run_dir = "runs/a"
@@ -51,9 +52,22 @@ KEYS: list[tuple[str, object, list[object]]] = [
     ("optimizer.weight_decay", 0, [-0.1, float("inf")]),
     ("optimizer.max_grad_norm", float("inf"), [0, -1, float("nan")]),
     ("export.hf_interval", 10, [0, -1, "10"]),
-    ("export.hf_max_keep", 1, [0, -1]),
+    ("export.hf_max_keep", -1, [0, -2, "all"]),
     ("export.async_hf_export", False, ["no", 0]),
     ("export.max_shard_size", "5GB", ["5GiB", "big", 0, -1, "0GB", True]),
+    ("checkpoint.checkpoint_interval", -1, [0, -2, 1.5, "10"]),
+    ("checkpoint.checkpoint_maxkeep", 3, [0, -2, True]),
+    ("checkpoint.snapshot_interval", 10, [0, -1, "10"]),
+    ("checkpoint.async_checkpoint", False, ["no", 0]),
+    ("checkpoint.publish_together", True, ["yes", 1]),
+    ("checkpoint.save_frozen", False, ["no", 0]),
+    ("resume.auto", False, ["no", 0]),
+    ("resume.from", "runs/a/checkpoint-10", ["", 10, True]),
+    ("resume.fallback", True, ["yes", 1]),
+    ("resume.load_optimizer", False, ["no", 0]),
+    ("resume.load_schedule", False, ["no", 0]),
+    ("resume.load_dataset", False, ["no", 0]),
+    ("resume.load_rng", False, ["no", 0]),
 ]
 
 
@@ -68,6 +82,10 @@ def with_value(key: str, value: object) -> dict[str, Any]:
     if key == "model.config":  # a fresh model instead of one from a directory
         del inner["path"]
         inner["tokenizer"] = "tokenizers/a"
+    if section == "checkpoint":
+        inner["checkpoint_interval"] = 10
+    if section == "resume":
+        inner["from"] = "runs/a/checkpoint-10"
     if key == "training.epochs":
         del inner["total_steps"]
     inner[name] = value
@@ -76,7 +94,7 @@ def with_value(key: str, value: object) -> dict[str, Any]:
 
 def test_every_key_is_tested() -> None:
     keys = {field.name for field in dataclasses.fields(TrainConfig)} - set(SECTIONS)
-    keys |= {f"{name}.{field.name}" for name, kind in SECTIONS.items() for field in dataclasses.fields(kind)}
+    keys |= {f"{name}.{key_name(field)}" for name, kind in SECTIONS.items() for field in dataclasses.fields(kind)}
     assert keys == {key for key, _, _ in KEYS}
 
 
@@ -89,9 +107,13 @@ def test_every_key_is_documented() -> None:
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, value, _ in KEYS])
 def test_legal_value_arrives(key: str, value: object) -> None:
     config: Any = parse_config(with_value(key, value), source="a.toml")
+    record = as_record(config)
     for part in key.split("."):
-        config = getattr(config, part)
+        config = getattr(config, "from_dir" if part == "from" else part)
     assert config == (tuple(value) if isinstance(value, list) else value)
+    assert record[key] == ("inf" if value == float("inf") else value)
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert record.keys() == {key for key, _, _ in KEYS}
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, _, illegal in KEYS for value in illegal])
@@ -126,6 +148,9 @@ def test_missing_key_is_named(key: str) -> None:
         ("training", {"epochs": 1}, "exactly one of training.total_steps and training.epochs"),
         ("training", {"compute_dtype": "float32"}, "'float32' needs model.dtype = 'float32'"),
         ("optimizer", {"warmup_steps": 11}, "at most training.total_steps = 10"),
+        ("checkpoint", {"checkpoint_maxkeep": 3}, "checkpoint_maxkeep means nothing without checkpoint.checkpoint_int"),
+        ("checkpoint", {"publish_together": True}, "publish_together means nothing without checkpoint.checkpoint_int"),
+        ("resume", {"load_rng": False}, "resume.load_rng = false means nothing without resume.from"),
     ],
 )
 def test_contradictions_are_refused(section: str, changes: dict[str, object], message: str) -> None:

@@ -51,10 +51,11 @@ def take_steps(work_dir: Path, sections: Sections, steps: int) -> Trained:
     trainer.optimizer.register_step_pre_hook(keep_grads)
     losses, norms, own_label_tokens = [], [], []
     for step in range(1, steps + 1):
-        batches = trainer.batches(step)
+        batches = trainer.data.batches()
         own_label_tokens.append(sum(batch.label_tokens for batch in batches))
         (label_tokens,) = ranks.sum(own_label_tokens[-1])
         loss_sum, grad_norm = trainer.train_step(step, batches, label_tokens)
+        trainer.data.advance()
         losses.append(ranks.sum(loss_sum.item())[0] / label_tokens)
         norms.append(grad_norm.item())
     dtypes = {parameter.dtype for parameter in trainer.model.parameters()}
@@ -125,7 +126,7 @@ def start_from_directory(work_dir: Path, model_dir: Path) -> Trained:
     trainer = Trainer(material.parse_config(table, source="test"), parallel.start_ranks("cpu"))
     options = StateDictOptions(full_state_dict=True)
     weights = {name: t.clone() for name, t in get_model_state_dict(trainer.model, options=options).items()}
-    batches = trainer.batches(1)
+    batches = trainer.data.batches()
     loss_sum, grad_norm = trainer.train_step(1, batches, batches[0].label_tokens)
     return Trained(weights, {}, [], [loss_sum.item()], [grad_norm.item()], set())
 
@@ -135,7 +136,7 @@ def test_starting_from_a_directory_loads_its_weights(tmp_path: Path, model: Sect
     trainer = Trainer(material.config(tmp_path, **model), parallel.start_ranks("cpu"))
     trainer.model.save_pretrained(tmp_path / "model")
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    batches = trainer.batches(1)
+    batches = trainer.data.batches()
     loss_sum, grad_norm = trainer.train_step(1, batches, batches[0].label_tokens)
 
     alone = start_from_directory(tmp_path, tmp_path / "model")
@@ -154,7 +155,7 @@ def test_loss_is_that_of_transformers_with_and_without_router_loss(tmp_path: Pat
             material.config(tmp_path, model={"config": material.QWEN3_MOE | fields}, training={"micro_batch_size": 3}),
             parallel.start_ranks("cpu"),
         )
-        batch = trainer.data.batch(1, 0)
+        (batch,) = trainer.data.batches()
         with torch.no_grad():
             token_loss, aux_loss = trainer.loss(batch)
             theirs = trainer.model(
@@ -173,7 +174,7 @@ def test_router_losses_are_averaged_over_micro_batches(tmp_path: Path) -> None:
     training = {"micro_batch_size": 2, "gradient_accumulation_steps": 2}
     sections = UNCLIPPED | {"model": {"config": material.QWEN3_MOE | router}, "training": training}
     trainer = Trainer(material.config(tmp_path, **sections), parallel.start_ranks("cpu"))
-    batches = trainer.batches(1)
+    batches = trainer.data.batches()
     parts = [trainer.loss(batch) for batch in batches]
     label_tokens = sum(batch.label_tokens for batch in batches)
     whole_loss = sum(token_loss for token_loss, _ in parts) / label_tokens + sum(aux for _, aux in parts) / 2
@@ -196,7 +197,7 @@ def test_documents_in_one_sequence_do_not_see_each_other(
         table["model"] = {"path": str(tmp_path / "model")}
     trainer = Trainer(material.parse_config(table, source="test"), parallel.start_ranks("cpu"))
     trainer.model.eval()
-    batch = trainer.data.batch(1, 0)
+    (batch,) = trainer.data.batches()
     starts = (batch.position_ids[0] == 0).nonzero().flatten().tolist()
     assert len(starts) > 2
     second = starts[1]
