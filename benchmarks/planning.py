@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from transformers import PreTrainedModel
@@ -119,10 +120,20 @@ def measure(case: Case) -> Figures:
     )
 
 
-def in_own_process(cases: Sequence[Case]) -> list[Figures]:
-    """Each case in a fresh copy of this process, in which nothing is cached yet."""
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        return pool.map(measure, cases, chunksize=1)
+def in_own_process(case: Case) -> Figures:
+    """`measure` in a fresh copy of this process, in which nothing is cached yet."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(measure(case)))
+    process.start()
+    sender.close()
+    try:
+        figures: Figures = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"{case}: its process ended with {process.exitcode}") from None
+    process.join()
+    return figures
 
 
 def balance(case: Case, figures: Figures) -> float:
@@ -176,15 +187,16 @@ def files_table(results: Sequence[tuple[Case, Figures, float]]) -> list[str]:
 
 
 def plot(results: Sequence[tuple[Case, Figures, float]]) -> str:
-    """Seconds of the slowest measured rank, by ranks, a line for each model; each is the slowest distribution."""
+    """Processor seconds by ranks, a line for each model: the median of the measured ranks of all distributions."""
     lines = []
     for model in {case.model: None for case, _, _ in results}:
-        slowest: dict[int, float] = {}
+        seconds: dict[int, list[float]] = {}
         for case, figures, _ in results:
             if case.model == model:
-                slowest[case.world_size] = max(slowest.get(case.world_size, 0.0), figures.plan_s)
-        lines.append(Line(name=model, points=tuple(sorted(slowest.items()))))
-    return line_plot(lines, title="Planning an export, one rank, slowest of all measured", x="ranks", y="seconds")
+                seconds.setdefault(case.world_size, []).append(figures.cpu_s)
+        points = tuple((ranks, median(values)) for ranks, values in sorted(seconds.items()))
+        lines.append(Line(name=model, points=points))
+    return line_plot(lines, title="Planning an export: processor time of one rank", x="ranks", y="seconds")
 
 
 def main() -> None:
@@ -201,8 +213,11 @@ def main() -> None:
     planned = list(cases(arguments.quick))
     for model in {case.model: None for case in planned}:
         _models[model] = on_meta(MODELS[model]())
-    figures = in_own_process(planned)
-    results = [(case, f, balance(case, f)) for case, f in zip(planned, figures, strict=True)]
+    results = []
+    for number, case in enumerate(planned):
+        print(f"{number + 1} of {len(planned)}: {case}", file=sys.stderr)
+        figures = in_own_process(case)
+        results.append((case, figures, balance(case, figures)))
     hardware = describe(Path())
     print(hardware, "", *table(results), "", *files_table(results), sep="\n")
     if arguments.json is not None:

@@ -271,10 +271,12 @@ class Tracer(TorchFunctionMode):
                 begin = int(tensor.storage_offset() - origin.storage_offset())
                 together[storage].append((name, begin, tensor.numel()))
         for storage, views in together.items():
-            found = Runs.of([(0, self._sources.get(storage, 0), begin, size) for _, begin, size in views])
+            names, begins, sizes = zip(*views, strict=True)
+            source = np.full(len(views), self._sources.get(storage, 0), dtype=np.int64)
+            found = Runs(np.zeros_like(source), source, np.array(begins, np.int64), np.array(sizes, np.int64))
             if storage in self._joins:
-                found = compose(found, self._join_table(views[0][0], storage))
-            runs.update(zip([name for name, _, _ in views], found.split(), strict=True))
+                found = compose(found, self._join_table(names[0], storage))
+            runs.update(zip(names, found.split(), strict=True))
         return [runs[name] for name in outputs]
 
     def runs_of(self, name: str, tensor: torch.Tensor) -> Runs:

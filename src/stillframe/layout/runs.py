@@ -37,8 +37,11 @@ class Runs:
     def split(self) -> list[Runs]:
         """Cut before each run that starts at 0: what several arrays consist of, one after the other."""
         borders = [*np.flatnonzero(self.start == 0).tolist(), len(self)]
-        columns = (self.start, self.source, self.source_start, self.length)
-        return [Runs(*(column[low:high] for column in columns)) for low, high in pairwise(borders)]
+        start, source, source_start, length = self.start, self.source, self.source_start, self.length
+        return [
+            Runs(start[low:high], source[low:high], source_start[low:high], length[low:high])
+            for low, high in pairwise(borders)
+        ]
 
     def covers(self, size: int) -> bool:
         """Whether the runs, in order, tile `[0, size)`: no gap, no overlap."""
