@@ -130,8 +130,7 @@ class Frames:
         if is_placed and not writer_lost and all(source.unchanged() for source in sources):
             return
         with torch.inference_mode(False):  # the plans outlive the block that the save may be called in
-            if not all(source.unchanged() for source in sources):
-                self._stagings.clear()  # they may hold tensors that are no longer the model's
+            self._drop_stale()
             if what not in self._stagings:
                 self._stagings[what] = self._plan(what)
             self._provide()
@@ -178,6 +177,12 @@ class Frames:
         if what != "checkpoint" and self.export is not None:
             sources.append(self.export)
         return sources
+
+    def _drop_stale(self) -> None:
+        """Forget the plans that hold tensors which are no longer those of the model, or of its optimizers."""
+        for what in list(self._stagings):
+            if not all(source.unchanged() for source in self._sources(what)):
+                del self._stagings[what]
 
     def _plan(self, what: What) -> _Staging:
         export = self.export.plan(self._next_id()) if what != "checkpoint" and self.export is not None else None

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import stillframe
 from stillframe.errors import CheckpointExists, SaveFailed, SaveTimeout
 from stillframe.manifest import read_manifest
+from stillframe.names import HISTORY_NAME
 from stillframe.testing import Ranks, hold_at, run_ranks
 from stillframe.testing.models import tiny_qwen3
 from tests.multirank.exports import digests, distribute, filled
@@ -103,7 +104,8 @@ def assert_as_published(checkpoint_dir: Path) -> None:
 
 
 def names(run_dir: Path) -> list[str]:
-    return sorted(path.name for path in run_dir.iterdir())
+    """What is in a directory, but for a run's history."""
+    return sorted({path.name for path in run_dir.iterdir()} - {HISTORY_NAME})
 
 
 @pytest.mark.parametrize("victim", [0, 1])

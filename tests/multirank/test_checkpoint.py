@@ -222,10 +222,14 @@ def fully_plain(run_dir: Path) -> None:
     expected = {name: value.clone() for name, value in model.state_dict().items()}
     with stillframe.Checkpointer(run_dir, model=model, optimizer=optimizer, hf_export=False) as ckpt:
         ckpt.save(1)
+        torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)  # adds an argument to the parameter group
+        ckpt.save(2)
         with torch.no_grad():
             for value in model.state_dict().values():
                 value.zero_()
-        assert ckpt.resume() is not None
+        resumed = ckpt.resume()
+        assert resumed is not None
+        assert resumed.step == 2
         with pytest.raises(stillframe.errors.UnsupportedModel, match="hf_export=False"):
             ckpt.save_hf(1)
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())

@@ -99,28 +99,39 @@ def _optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[
     return {"state": state, "param_groups": groups}
 
 
+_Members = list[tuple[tuple[object, ...], list[object]]]
+
+
 class WatchedOptimizers:
-    """Tells, in less than a microsecond per tensor, whether optimizers hold the tensors that they were planned with."""
+    """Tells, in about a microsecond per tensor, whether optimizers hold what they were planned with."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = optimizers
-        self._known = self._members()
-        self._ids = [[*map(id, members)] for members in self._known]
+        self._known = self._members()  # kept alive, so that ids are not reused
+        self._ids = _identities(self._known)
 
     def unchanged(self) -> bool:
-        """Whether parameters, groups and state are the same objects; what is no tensor may have other values."""
-        return [[*map(id, members)] for members in self._members()] == self._ids
+        """Whether parameters, groups and state are the same objects under the same names; what is no tensor may have
+        other values."""
+        return _identities(self._members()) == self._ids
 
-    def _members(self) -> list[list[object]]:
-        """All that counts, as objects: kept alive, so that their ids are not reused."""
-        members: list[list[object]] = []
+    def _members(self) -> _Members:
+        """Of every group and every parameter's state: its names, and its tensors."""
+        members: _Members = []
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                members.append(group["params"])
-                members.append([v for v in group.values() if isinstance(v, torch.Tensor)])
+                tensors = [value for value in group.values() if isinstance(value, torch.Tensor)]
+                members.append((tuple(group), [*group["params"], *tensors]))
             for parameter, state in optimizer.state.items():
-                members.append([parameter, *(v for v in state.values() if isinstance(v, torch.Tensor))])
+                tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+                members.append((tuple(state), [parameter, *tensors]))
         return members
+
+
+def _identities(
+    members: Sequence[tuple[tuple[object, ...], list[object]]],
+) -> list[tuple[tuple[object, ...], list[int]]]:
+    return [(names, [*map(id, objects)]) for names, objects in members]
 
 
 def objects_now(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, object]:

@@ -95,3 +95,11 @@ def test_what_watches_optimizers_sees_new_tensors_and_not_new_values() -> None:
     assert watched.unchanged()
     optimizer.state[model.bias]["exp_avg"] = optimizer.state[model.bias]["exp_avg"].clone()
     assert not watched.unchanged()
+
+    watched = WatchedOptimizers((optimizer,))
+    torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)  # adds "initial_lr" to each group
+    assert not watched.unchanged()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    watched = WatchedOptimizers((optimizer,))
+    optimizer.param_groups[1]["params"].append(nn.Parameter(torch.zeros(1)))
+    assert not watched.unchanged()
