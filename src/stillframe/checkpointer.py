@@ -42,7 +42,7 @@ from stillframe.layout.huggingface import unwrapped, unwrapped_module
 from stillframe.names import CHECKPOINT_PART, EXPORT_PART, KINDS, TOGETHER, published_path
 from stillframe.options import CheckpointerOptions, checked_metrics, run_directory
 from stillframe.policies import RetentionPolicy
-from stillframe.records import Recovered
+from stillframe.records import Layout, Recovered
 from stillframe.resumable import Resumable, encode_train_state
 from stillframe.resume import ResumeChoice, Resumed, branch_of, published_dir, resume, set_aside
 from stillframe.save import SaveJob, run_save
@@ -406,7 +406,7 @@ class Checkpointer:
         companions: tuple[Any, ...],
         optimizers: tuple[Optimizer, ...],
         own: Mapping[str, Stateful],
-    ) -> str:
+    ) -> Layout:
         rank, world_size = self._meeting.rank, self._meeting.world_size
         self._versions = provenance.versions()
         self._git_commit = provenance.git_commit() if rank == 0 else None
@@ -429,7 +429,7 @@ class Checkpointer:
             world_size=world_size,
         )
         self._frames = Frames(export, resumable, rank=rank, world_size=world_size)
-        return self._frames.digest
+        return self._frames.layout
 
     def _begin_history(self) -> None:
         """Rank 0, once every rank has started: the launch in `run.json`, and the branch that it goes on with."""

@@ -95,9 +95,11 @@ class Frames:
         return self._writer
 
     @property
-    def digest(self) -> str:
-        """That of what the constructor planned, equal on all ranks."""
-        return "+".join(layout.digest for staging in self._stagings.values() for layout in staging.layouts)
+    def layout(self) -> Layout:
+        """Of what the constructor planned; its digest is the same on all ranks."""
+        (staging,) = self._stagings.values()
+        (layout,) = staging.layouts
+        return layout
 
     def without_content(self, what: What) -> tuple[Part, ...]:
         """Parts of a frame that could not be taken: nothing can be written from them, and no other rank agrees."""

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from stillframe.sketch import Sketch
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
@@ -104,7 +106,8 @@ class Layout:
     `format`: "hf", "checkpoint" (DCP) or "step" (both, in subdirectories). `inline_files` follow from the layout (the
     index); `files` hold the tensors, in a checkpoint on rank 0 those of all ranks, elsewhere its own. `total_bytes`
     counts `files` only. Of `rank_files`, rank r writes number r whole, of a size that only it knows. `held_back` names
-    the inline files without which nobody loads the directory; they are put in place last.
+    the inline files without which nobody loads the directory; they are put in place last. `sketch` tells layouts with
+    different digests apart by tensor; it is not on disk.
     """
 
     format: str
@@ -115,6 +118,7 @@ class Layout:
     digest: str
     rank_files: tuple[str, ...] = ()
     held_back: tuple[str, ...] = ()
+    sketch: Sketch | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,7 +87,8 @@ def run_save(
             aftermath = _after_publication(job, ballot.attempt, publication)
             ballot.conclude(aftermath)
             return aftermath
-        ballot.await_open(layout_digest=None if job.snapshot_failure is not None else job.layout.digest)
+        layout_digest = None if job.snapshot_failure is not None else job.layout.digest
+        ballot.await_open(layout_digest=layout_digest, sketch=job.layout.sketch)
         vote = _write(job, job.files, ballot.attempt, meeting, writer, tracker)
         ballot.cast(vote)
         ballot.await_verdict()
@@ -117,7 +118,7 @@ def _publish(job: SaveJob, ballot: Ballot, meeting: Rendezvous, writer: WriterCl
     ballot.open(None, layout_digest=job.layout.digest)
     ballot.cast(_write(job, lambda: files, ballot.attempt, meeting, writer, tracker))
     try:
-        ballot.collect()
+        ballot.collect(job.layout.sketch)
         proven = publication.prove(publication.receipts())
         publication.publish(proven, sequence=next_sequence(job.run_dir))
     except Exception as error:  # likewise

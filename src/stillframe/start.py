@@ -16,7 +16,8 @@ from stillframe.commit.rendezvous import Rendezvous
 from stillframe.commit.vote import Aftermath, Ballot, Vote
 from stillframe.errors import StillframeError
 from stillframe.names import KINDS
-from stillframe.records import Recovered
+from stillframe.records import Layout, Recovered
+from stillframe.sketch import Sketch
 
 _log = logging.getLogger("stillframe")
 
@@ -33,29 +34,38 @@ def agree_to_start(
     run_dir: Path,
     ballot: Ballot,
     meeting: Rendezvous,
-    set_up: Callable[[], str],
+    set_up: Callable[[], Layout],
     begin_history: Callable[[], None] = lambda: None,
 ) -> Started:
     """Probe `run_dir`, run `set_up` on this rank; once every rank could do both, recover what ended jobs have left.
 
-    `set_up` returns the layout's digest, which must be the same on all ranks. `begin_history` is the last thing that
+    `set_up` returns a layout, whose digest must be the same on all ranks. `begin_history` is the last thing that
     rank 0 does. Blocks until all ranks have called this,
     bounded by the ballot's timeout. Raises on every rank what failed on one, as the exception that it was there.
     """
     probe = Probe(run_dir, meeting.nonce)
     own_error: Exception | None = None
-    digest = ""
+    layout: Layout | None = None
     try:
         _begin(probe, ballot, meeting)
         try:
             probe.take_part(meeting.rank)
-            digest = set_up()
+            layout = set_up()
         except Exception as error:  # noqa: BLE001  # told to all ranks, and raised below
             own_error = error
         failure = None if own_error is None else Failure.of(own_error, rank=meeting.rank, stage="start")
-        ballot.cast(Vote(rank=meeting.rank, step=None, layout_digest=digest, failure=failure))
+        sketch = None if layout is None else layout.sketch
+        ballot.cast(
+            Vote(
+                rank=meeting.rank,
+                step=None,
+                layout_digest="" if layout is None else layout.digest,
+                failure=failure,
+                sketch="" if sketch is None else sketch.digits,
+            )
+        )
         if meeting.rank == 0:
-            aftermath = _decide(run_dir, probe, ballot, meeting, begin_history)
+            aftermath = _decide(run_dir, probe, ballot, meeting, sketch, begin_history)
         else:
             ballot.await_verdict()
             aftermath = ballot.await_aftermath()
@@ -83,12 +93,17 @@ def _begin(probe: Probe, ballot: Ballot, meeting: Rendezvous) -> None:
 
 
 def _decide(
-    run_dir: Path, probe: Probe, ballot: Ballot, meeting: Rendezvous, begin_history: Callable[[], None]
+    run_dir: Path,
+    probe: Probe,
+    ballot: Ballot,
+    meeting: Rendezvous,
+    sketch: Sketch | None,
+    begin_history: Callable[[], None],
 ) -> Aftermath:
     """Rank 0: collect the votes, end the probe, set the run directory in order, tell everyone."""
     try:
         try:
-            ballot.collect()
+            ballot.collect(sketch)
             probe.end(meeting.world_size)
         finally:
             probe.remove()

@@ -20,7 +20,7 @@ PACKAGE_DIR = SOURCE_DIR / "stillframe"
 
 STAGES = {"state", "layout", "snapshot", "writer", "commit", "catalog", "load", "watch"}
 LEVELS = (
-    {"errors"},
+    {"errors", "sketch"},
     {"fields", "names", "records"},
     {"durable", "manifest", "policies", "provenance", "receipts", "tree"},
     {"options"},

@@ -18,6 +18,7 @@ from stillframe.commit.failure import Failure, in_words
 from stillframe.commit.rendezvous import Rendezvous
 from stillframe.errors import SaveFailed, SaveTimeout
 from stillframe.records import Recovered
+from stillframe.sketch import Sketch
 
 _FAILURE_GRACE_S = 60.0
 _LONGEST_DECISION_S = 60.0
@@ -27,12 +28,16 @@ _MAX_REASONS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vote:
-    """One rank's word on an attempt. `failure` is None when its share is written, fsynced and receipted."""
+    """One rank's word on an attempt. `failure` is None when its share is written, fsynced and receipted.
+
+    `sketch` has the digits of its layout's, at the start and where its layout is known to be another than rank 0's.
+    """
 
     rank: int
     step: int | None
     layout_digest: str
     failure: Failure | None
+    sketch: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +88,7 @@ class Ballot:
         told = None if failure is None else asdict(failure)
         self._set("open", {"step": self._step, "layout_digest": layout_digest, "failure": told, "note": note})
 
-    def await_open(self, *, layout_digest: str | None = None) -> str | None:
+    def await_open(self, *, layout_digest: str | None = None, sketch: Sketch | None = None) -> str | None:
         """Block until rank 0 opened the attempt, and return its note. `layout_digest` is that of this rank, None if it
         has none to compare.
 
@@ -100,7 +105,8 @@ class Ballot:
             raise Failure(**answer["failure"]).exception(step=self._step, path=self._path)
         required_digest = answer["layout_digest"] or ""
         own_digest = required_digest if layout_digest is None else layout_digest
-        own = Vote(rank=self._meeting.rank, step=self._step, layout_digest=own_digest, failure=None)
+        digits = "" if sketch is None or own_digest == required_digest else sketch.digits
+        own = Vote(rank=self._meeting.rank, step=self._step, layout_digest=own_digest, failure=None, sketch=digits)
         reason = _disagreement(own, step=answer["step"], layout_digest=required_digest)
         if reason is not None:
             failure = Failure(error="SaveFailed", rank=own.rank, stage="vote", reason=reason)
@@ -113,11 +119,12 @@ class Ballot:
         with self._reaching_rank_0():
             self._meeting.store.push(self._key("votes"), json.dumps(asdict(vote)))
 
-    def collect(self) -> tuple[Vote, ...]:
+    def collect(self, sketch: Sketch | None = None) -> tuple[Vote, ...]:
         """Rank 0: all votes, by rank. Blocks at most for the timeout, and a minute once one rank has failed.
 
         Raises SaveTimeout naming the ranks that did not vote, or the failures of those that did; SaveFailed if ranks
-        disagree on the step or the layout.
+        disagree on the step or the layout. `sketch` is that of rank 0's layout: with it, the first tensor is named that
+        a rank describes differently.
         """
         votes: dict[int, Vote] = {}
         deadline = time.monotonic() + self._timeout_s
@@ -133,8 +140,8 @@ class Ballot:
                 deadline = min(deadline, time.monotonic() + _FAILURE_GRACE_S)
         # Those that are late may never come, and whoever leaves the store must not wait for them.
         self._expected_acknowledgements = len(votes)
-        self._raise_failures(votes)
-        self._raise_disagreements(votes)
+        self._raise_failures(votes, sketch)
+        self._raise_disagreements(votes, sketch)
         return tuple(votes[rank] for rank in sorted(votes))
 
     def decide(self, failure: Failure | None) -> None:
@@ -219,8 +226,12 @@ class Ballot:
             reason = f"rank 0's process, which holds the store, cannot be reached: {error}{remark}"
             raise SaveFailed(reason, step=self._step, rank=0, stage="vote", path=self._path) from error
 
-    def _raise_failures(self, votes: dict[int, Vote]) -> None:
-        failures = [vote.failure for _, vote in sorted(votes.items()) if vote.failure is not None]
+    def _raise_failures(self, votes: dict[int, Vote], sketch: Sketch | None) -> None:
+        failures = [
+            replace(vote.failure, reason=vote.failure.reason + _difference(vote, sketch))
+            for _, vote in sorted(votes.items())
+            if vote.failure is not None
+        ]
         late = [rank for rank in range(self._meeting.world_size) if rank not in votes]
         if failures:
             reason = failures[0].reason
@@ -248,11 +259,12 @@ class Ballot:
                 path=self._path,
             )
 
-    def _raise_disagreements(self, votes: dict[int, Vote]) -> None:
+    def _raise_disagreements(self, votes: dict[int, Vote], sketch: Sketch | None) -> None:
         own = votes[self._meeting.rank]
         for rank, vote in sorted(votes.items()):
             reason = _disagreement(vote, step=own.step, layout_digest=own.layout_digest)
             if reason is not None:
+                reason += _difference(vote, sketch)
                 raise SaveFailed(reason, step=self._step, rank=rank, stage="vote", path=self._path)
 
 
@@ -263,3 +275,9 @@ def _disagreement(vote: Vote, *, step: int | None, layout_digest: str) -> str | 
     if vote.layout_digest != layout_digest:
         return f"rank {vote.rank} has another layout than rank 0: do the ranks hold the same model?"
     return None
+
+
+def _difference(vote: Vote, sketch: Sketch | None) -> str:
+    """What there is to add to a disagreement: where the layout of `vote` differs from rank 0's, with `sketch`."""
+    difference = sketch.first_difference(vote.sketch) if sketch is not None and vote.sketch else None
+    return "" if difference is None else f" The first tensor that they describe differently: {difference}"

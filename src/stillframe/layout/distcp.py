@@ -27,6 +27,7 @@ from stillframe.layout.runs import Runs
 from stillframe.layout.shares import PlacedItem, own_share
 from stillframe.names import rank_state_name
 from stillframe.records import FileLayout, Item, Layout, RankShare
+from stillframe.sketch import Sketch
 from stillframe.tree import StateTree
 
 MAX_FILE_BYTES = 1 << 30
@@ -91,6 +92,7 @@ def plan_distcp(
         digest=_digest(tree, spreads, world_size, max_file_bytes),
         rank_files=tuple(rank_state_name(r) for r in range(world_size)),
         held_back=(METADATA_NAME,),
+        sketch=Sketch.of([(key, repr(_described(tree, spreads, key))) for key in tree.tensors]),
     )
     sources = list(tree.tensors)
     own = files[rank]
@@ -245,11 +247,15 @@ def _between(file: int, item: Item, content: bytes) -> PlacedItem:
     return PlacedItem(file=file, file_offset=item.file_offset, length_bytes=item.length_bytes, content=content)
 
 
+def _described(tree: StateTree, spreads: Mapping[str, Spread], key: str) -> tuple[object, ...]:
+    tensor = tree.tensors[key]
+    return key, tuple(tensor.shape), str(tensor.dtype), key in tree.rank_0_only, spreads[key].signature
+
+
 def _digest(tree: StateTree, spreads: Mapping[str, Spread], world_size: int, max_file_bytes: int) -> str:
     """Of all that decides who writes what where, and what `.metadata` says; the same on all ranks."""
     digest = hashlib.sha256(repr(("checkpoint", torch.__version__, world_size, max_file_bytes)).encode())
-    for key, tensor in tree.tensors.items():
-        described = (key, tuple(tensor.shape), str(tensor.dtype), key in tree.rank_0_only, spreads[key].signature)
-        digest.update(repr(described).encode())
+    for key in tree.tensors:
+        digest.update(repr(_described(tree, spreads, key)).encode())
     digest.update(repr((sorted(tree.aliases.items()), sorted(tree.objects), sorted(tree.paths.items()))).encode())
     return digest.hexdigest()

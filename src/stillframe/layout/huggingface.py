@@ -7,11 +7,13 @@ Byte-identical to `save_pretrained` of the same unsharded model. Sources: transf
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from stillframe.layout.keys import Key, KeyMap, runtime_tensors, save_keys
 from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.shares import PlacedItem, rank_share
 from stillframe.records import FileLayout, InlineFile, Item, Layout, RankShare
+from stillframe.sketch import Sketch
 
 # In the order in which safetensors puts tensors into a file (its Dtype enum, descending).
 SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = {
@@ -85,6 +88,28 @@ def plan_huggingface(
     Raises LayoutError (UnsupportedModel, UnsupportedPlacement, CoverageError) naming the model or tensor.
     """
     refuse_unsupported(model)
+    with _without_collections():
+        return _plan(
+            model, max_shard_bytes=max_shard_bytes, rank=rank, world_size=world_size, plan_id=plan_id, cast=cast
+        )
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """No garbage collection meanwhile. A plan is many small objects that stay, none of them in a cycle: they set off
+    collections, which walk through all objects of the process and find nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _plan(
+    model: PreTrainedModel, *, max_shard_bytes: int, rank: int, world_size: int, plan_id: int, cast: Cast | None
+) -> HuggingFacePlan:
     tensors = runtime_tensors(model)
     key_map = save_keys(model, tensors)
     if cast is not None:
@@ -100,6 +125,8 @@ def plan_huggingface(
         total_parameters=model.num_parameters(),
         world_size=world_size,
     )
+    described = [(n, f"{tuple(t.shape)} {t.dtype} {holdings[n].signature}") for n, t in tensors.items()]
+    layout = replace(layout, sketch=Sketch.of(described))
     share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
     config_dtype = model.dtype if cast is None else saved_dtype(model, tensors, key_map)
     return HuggingFacePlan(
@@ -164,12 +191,12 @@ def lay_out(
     items: list[PlacedItem] = []
     for index, (name, shard) in enumerate(zip(names, shards, strict=True)):
         ordered = sorted(shard, key=lambda key: (_dtype_rank(key), _utf8(key.name)))
-        header = _header(name, ordered)
+        lengths = [math.prod(key.shape) * key.dtype.itemsize for key in ordered]
+        header = _header(name, ordered, lengths)
         items.append(PlacedItem(file=index, file_offset=0, length_bytes=len(header), content=header))
         listed = [Item(name="", file_offset=0, length_bytes=len(header))]
         position = len(header)
-        for key in ordered:
-            length = math.prod(key.shape) * key.dtype.itemsize
+        for key, length in zip(ordered, lengths, strict=True):
             items.append(
                 PlacedItem(
                     file=index,
@@ -186,8 +213,7 @@ def lay_out(
     inline: tuple[InlineFile, ...] = ()
     if len(shards) > 1:
         weight_map = {key.name: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        metadata = {"total_parameters": total_parameters, "total_size": block_total}
-        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+        text = _index(weight_map, total_parameters=total_parameters, total_size=block_total)
         inline = (InlineFile(name="model.safetensors.index.json", content=text.encode()),)
     digest = hashlib.sha256(repr(("hf", world_size)).encode())
     for placed in items:
@@ -260,18 +286,34 @@ def _utf8(name: str) -> bytes:
         raise UnsupportedModel(f"the name {name!r} is not valid Unicode, so safetensors cannot hold it") from error
 
 
-def _header(file_name: str, ordered: Sequence[Key]) -> bytes:
+def _index(weight_map: Mapping[str, str], **metadata: int) -> str:
+    """The index as `json.dumps(..., indent=2, sort_keys=True)` makes it, and a newline; json is slow to indent."""
+
+    def indented(part: Mapping[str, object]) -> str:
+        return json.dumps(part, sort_keys=True, separators=(",\n    ", ": "))[1:-1]
+
+    return f"""{{
+  "metadata": {{
+    {indented(metadata)}
+  }},
+  "weight_map": {{
+    {indented(weight_map)}
+  }}
+}}
+"""
+
+
+def _header(file_name: str, ordered: Sequence[Key], lengths: Sequence[int]) -> bytes:
     """The file's first bytes: u64 length, JSON, spaces up to a multiple of 8."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for key in ordered:
-        end = position + math.prod(key.shape) * key.dtype.itemsize
+    for key, length in zip(ordered, lengths, strict=True):
         entries[key.name] = {
             "dtype": SAFETENSORS_DTYPES[key.dtype],
-            "shape": list(key.shape),
-            "data_offsets": [position, end],
+            "shape": key.shape,
+            "data_offsets": (position, position + length),
         }
-        position = end
+        position += length
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:

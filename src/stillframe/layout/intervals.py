@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from itertools import product
+
+import numpy as np
+
+from stillframe.layout.runs import Ints
+
+_INDICES_AT_ONCE = 1 << 20
 
 Intervals = tuple[tuple[int, int], ...]  # (start, length) along one dimension, in the order of the local tensor
 DimShards = tuple[tuple[int, int, int], ...]  # (mesh dimension, its size, split factor; 1 for a plain Shard)
@@ -54,20 +59,33 @@ def _chunk(intervals: Intervals, parts: int, index: int) -> Intervals:
     return tuple(cut)
 
 
+def _sizes(total: int, parts: int) -> Ints:
+    """How many of `total` indices each chunk has, as `_chunk` cuts them."""
+    return np.diff(np.minimum(np.arange(parts + 1) * -(-total // parts), total))
+
+
 @lru_cache(maxsize=4096)
 def partitions(size: int, shards: DimShards) -> bool:
-    """Whether the ranks' index sets along one dimension tile it: each index exactly once."""
-    held = ((0, size),)
-    pieces: list[Intervals] = [held]
+    """Whether the ranks' index sets along one dimension tile it: each index exactly once.
+
+    Where a list of indices is cut depends only on how many there are. So it is enough to look, mesh dimension by mesh
+    dimension, at the cuts of each count that occurs: there are few, however many ranks there are.
+    """
+    totals = {size}
     for _, parts, split_factor in shards:
-        cut = [[chunks(block, parts) for block in chunks(piece, split_factor)] for piece in pieces]
-        pieces = [tuple(x for block in blocks for x in block[part]) for blocks in cut for part in range(parts)]
-    position = 0
-    for start, length in sorted(interval for piece in pieces for interval in piece):
-        if start != position:
-            return False
-        position += length
-    return position == size
+        cut: set[int] = set()
+        for total in totals:
+            held = np.zeros(parts, dtype=np.int64)
+            for block, count in zip(*np.unique(_sizes(total, split_factor), return_counts=True), strict=True):
+                sizes = _sizes(int(block), parts)
+                if sizes.min() < 0:
+                    return False
+                held += count * sizes
+            if held.sum() != total:
+                return False
+            cut.update(np.unique(held).tolist())
+        totals = cut
+    return True
 
 
 @lru_cache(maxsize=4096)
@@ -80,10 +98,26 @@ def order_matters(size: int, shards: DimShards) -> bool:
         return False  # a _StridedShard of another origin: only torch's own reading exists
     mesh_dim, parts, _ = shards[first]
     reordered = (*shards[:first], *later, (mesh_dim, parts, 1))
-    coordinate = [0] * (1 + max(mesh_dim for mesh_dim, _, _ in shards))
-    for place in product(*(range(count) for _, count, _ in shards)):
-        for (mesh_dim, _, _), part in zip(shards, place, strict=True):
-            coordinate[mesh_dim] = part
-        if held_along(size, shards, tuple(coordinate)) != held_along(size, reordered, tuple(coordinate)):
+    for begin in range(0, size, _INDICES_AT_ONCE):
+        index = np.arange(begin, min(begin + _INDICES_AT_ONCE, size), dtype=np.int64)
+        if not np.array_equal(_places_of(index, size, shards), _places_of(index, size, reordered)):
             return True
     return False
+
+
+def _places_of(index: Ints, size: int, shards: DimShards) -> Ints:
+    """`held_along`, seen from the indices: a row for each mesh dimension, ascending, says the coordinate of the rank
+    that holds them, the last one the position in what it holds. The ranks need not be gone through, however many."""
+    coordinates: dict[int, Ints] = {}
+    position, total = index, np.full_like(index, size)
+    for mesh_dim, parts, split_factor in shards:
+        block_size = -(-total // split_factor)
+        block, within = np.divmod(position, block_size)
+        part, within = np.divmod(within, -(-np.minimum(block_size, total - block * block_size) // parts))
+        full_blocks, rest = np.divmod(total, block_size)
+        of_full, of_rest = (
+            np.clip(size - part * -(-size // parts), 0, -(-size // parts)) for size in (block_size, rest)
+        )
+        position, total = block * of_full + within, full_blocks * of_full + of_rest
+        coordinates[mesh_dim] = part
+    return np.stack([*(coordinates[mesh_dim] for mesh_dim in sorted(coordinates)), position])

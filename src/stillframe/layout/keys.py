@@ -1,10 +1,10 @@
 """Runtime tensors <-> Hugging Face keys, found by running Transformers' own conversions on shapes alone.
 
 There is no table of models here. `save_keys` runs the very function that `save_pretrained` uses
-(`revert_weight_conversion`) on meta tensors, watching which views, concatenations and stacks it makes; the result says
-for every key of the checkpoint which runs of which runtime tensors it consists of. What is neither a rename nor a slice
-nor a concatenation is recognised (its values would come from a storage that no tensor of the model owns) and refused by
-name.
+(`revert_weight_conversion`) on meta tensors, watching which views, copies, concatenations and stacks it makes; the
+result says for every key of the checkpoint which runs of which runtime tensors it consists of. What is neither a
+rename nor a slice nor a concatenation is recognised (its values would come from a storage that no tensor of the model
+owns) and refused by name.
 
 Source: transformers `core_model_loading.py` (`revert_weight_conversion`) and `modeling_utils.py` (`save_pretrained`).
 """
@@ -127,33 +127,26 @@ def save_keys(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> Ke
     Depends on names, shapes and dtypes only; no data is read. Raises UnsupportedModel, naming the keys, where
     a conversion is more than renames, slices and concatenations, or loses a part of a tensor.
     """
-    names = tuple(tensors)
-
-    def revert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        with unsharded_classes(model):
-            converted: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
-            return converted
-
     tracer = Tracer(_on_meta(tensors))
-    converted = tracer.run(revert)
-    # A second run, unwatched: `.contiguous()` then makes the storages that `save_pretrained` shards files by.
-    blocks = revert(_on_meta(tensors))
+    with unsharded_classes(model):
+        converted = tracer.run(lambda state: revert_weight_conversion(model, state))
     storages: dict[int, int] = {}
     keys = []
-    for name, tensor in converted.items():
-        storage = blocks[name].untyped_storage()
+    for (name, tensor), runs in zip(converted.items(), tracer.runs_of_each(converted), strict=True):
+        storage = tensor.untyped_storage()
+        block_bytes = storage.nbytes()
         keys.append(
             Key(
                 name=name,
                 dtype=tensor.dtype,
                 shape=tuple(tensor.shape),
-                runs=tracer.runs_of(name, tensor),
-                block=storages.setdefault(storage._cdata, len(storages)) if storage.nbytes() else -1,
-                block_bytes=storage.nbytes(),
+                runs=runs,
+                block=storages.setdefault(storage._cdata, len(storages)) if block_bytes else -1,
+                block_bytes=block_bytes,
             )
         )
     _refuse_losses(model, tensors, keys)
-    return KeyMap(sources=names, keys=tuple(keys))
+    return KeyMap(sources=tuple(tensors), keys=tuple(keys))
 
 
 def _refuse_losses(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], keys: Sequence[Key]) -> None:
@@ -222,9 +215,11 @@ class Tracer(TorchFunctionMode):
         self._inputs = inputs
         self._names = list(inputs)
         # Storages are identified by address; keeping the tensors alive keeps the addresses unique.
-        self._alive: list[torch.Tensor] = list(inputs.values())
+        self._alive: list[torch.Tensor] = []
         self._sources = {_storage_id(tensor): index for index, tensor in enumerate(inputs.values())}
-        self._joins: dict[int, tuple[torch.Tensor, tuple[torch.Tensor, ...], int]] = {}
+        self._joins: dict[int, tuple[tuple[torch.Tensor, ...], int]] = {}
+        # What is known to be in a storage: an input, or the result of a join.
+        self._origins = {_storage_id(tensor): tensor for tensor in inputs.values()}
         self._tables: dict[int, Runs] = {}
 
     def run(self, convert: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -240,29 +235,59 @@ class Tracer(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.contiguous:
-            return args[0]  # the order of elements is what counts here, not where they would be copied to
         result = func(*args, **kwargs)
-        if func in (torch.cat, torch.concat, torch.stack):
+        if func is torch.Tensor.contiguous:
+            if _storage_id(result) != _storage_id(args[0]):  # a copy: a concatenation of one tensor
+                self._record_join(result, args[:1], 0)
+        elif func in (torch.cat, torch.concat, torch.stack):
             tensors: Sequence[torch.Tensor] = args[0] if args else kwargs["tensors"]
             dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
             if func is torch.stack:
                 dim %= result.dim()
                 tensors = [t.unsqueeze(dim) for t in tensors]
-            self._joins[_storage_id(result)] = (result, tuple(tensors), dim % result.dim())
-            self._alive.extend([result, *tensors])
+            self._record_join(result, tensors, dim % result.dim())
         return result
+
+    def _record_join(self, result: torch.Tensor, tensors: Sequence[torch.Tensor], dim: int) -> None:
+        storage = _storage_id(result)
+        self._joins[storage] = (tuple(tensors), dim)
+        self._origins[storage] = result
+        self._alive.extend(tensors)
+
+    def runs_of_each(self, outputs: Mapping[str, torch.Tensor]) -> list[Runs]:
+        """`runs_of` for many outputs. Those in row-major order, so nearly all, are worked out together by storage."""
+        runs: dict[str, Runs] = {}
+        together: dict[int, list[tuple[str, int, int]]] = defaultdict(list)
+        for name, tensor in outputs.items():
+            storage = _storage_id(tensor)
+            origin = self._origins.get(storage)
+            if (
+                origin is None
+                or not (tensor.dtype == origin.dtype and tensor.numel())
+                or not (tensor.is_contiguous() and origin.is_contiguous())
+            ):
+                runs[name] = self.runs_of(name, tensor)
+            else:
+                begin = int(tensor.storage_offset() - origin.storage_offset())
+                together[storage].append((name, begin, tensor.numel()))
+        for storage, views in together.items():
+            names, begins, sizes = zip(*views, strict=True)
+            source = np.full(len(views), self._sources.get(storage, 0), dtype=np.int64)
+            found = Runs(np.zeros_like(source), source, np.array(begins, np.int64), np.array(sizes, np.int64))
+            if storage in self._joins:
+                found = compose(found, self._join_table(names[0], storage))
+            runs.update(zip(names, found.split(), strict=True))
+        return [runs[name] for name in outputs]
 
     def runs_of(self, name: str, tensor: torch.Tensor) -> Runs:
         """The runs of output `tensor` over the inputs, in row-major order. Raises UnsupportedModel, naming it."""
         storage = _storage_id(tensor)
+        origin = self._origins.get(storage, tensor)
+        if tensor.dtype != origin.dtype:
+            what = self._names[self._sources[storage]] if storage in self._sources else "a concatenation"
+            raise UnsupportedModel(f"{name} takes the bytes of {what}, {origin.dtype}, as {tensor.dtype}")
         if storage in self._sources:
-            index = self._sources[storage]
-            source = self._inputs[self._names[index]]
-            if tensor.dtype != source.dtype:
-                raise UnsupportedModel(
-                    f"{name} takes the bytes of {self._names[index]}, {source.dtype}, as {tensor.dtype}"
-                )
+            index, source = self._sources[storage], origin
             shape, stride = tuple(tensor.shape), tuple(tensor.stride())
             if (shape, stride) == (tuple(source.shape), tuple(source.stride())):
                 return strided(0, shape, _row_major(shape), index)
@@ -285,13 +310,13 @@ class Tracer(TorchFunctionMode):
         return strided(offset, shape, stride, index)
 
     def _join_table(self, name: str, storage: int) -> Runs:
-        """The runs of the whole result of a concatenation, which is contiguous, over the inputs."""
+        """The runs of the whole result of a concatenation or copy, which is contiguous, over the inputs."""
         if storage not in self._tables:
-            result, tensors, dim = self._joins[storage]
+            result, (tensors, dim) = self._origins[storage], self._joins[storage]
             if result._version or not result.is_contiguous() or any(t.dtype != result.dtype for t in tensors):
                 raise UnsupportedModel(
-                    f"{name} is a concatenation that is then changed in place, or is not in row-major order, or "
-                    "changes dtypes; stillframe does not support such a model yet"
+                    f"{name} is a concatenation or copy that is then changed in place, or is not in row-major order, "
+                    "or changes dtypes; stillframe does not support such a model yet"
                 )
             tensors = tuple(t for t in tensors if t.numel())  # torch.cat takes an empty tensor of any shape
             rows = [math.prod(t.shape[dim:]) for t in tensors]

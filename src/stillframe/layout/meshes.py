@@ -71,10 +71,7 @@ def replicas_at(placements: tuple[Placement, ...], place: MeshPlace, coordinate:
     has it on a part of its own. So the mesh dimensions that the part does not have count as replication.
     """
     index = tuple(slice(None) if isinstance(p, Replicate) else c for p, c in zip(placements, coordinate, strict=True))
-    held: set[int] = set()
-    for whole_coordinate in place.whole_coordinate_of[place.ranks[index].reshape(-1)].tolist():
-        whole_index = tuple(
-            c if is_dim else slice(None) for c, is_dim in zip(whole_coordinate, place.is_dim_of_part, strict=True)
-        )
-        held.update(place.whole[whole_index].reshape(-1).tolist())
-    return tuple(sorted(held))
+    coordinates = place.whole_coordinate_of[place.ranks[index].reshape(-1)]
+    dims = [dim for dim, is_dim in enumerate(place.is_dim_of_part) if is_dim]
+    held = np.moveaxis(place.whole, dims, range(len(dims)))[tuple(coordinates[:, dims].T)]
+    return tuple(np.unique(held).tolist())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,15 @@ class Runs:
 
     def __len__(self) -> int:
         return len(self.start)
+
+    def split(self) -> list[Runs]:
+        """Cut before each run that starts at 0: what several arrays consist of, one after the other."""
+        borders = [*np.flatnonzero(self.start == 0).tolist(), len(self)]
+        start, source, source_start, length = self.start, self.source, self.source_start, self.length
+        return [
+            Runs(start[low:high], source[low:high], source_start[low:high], length[low:high])
+            for low, high in pairwise(borders)
+        ]
 
     def covers(self, size: int) -> bool:
         """Whether the runs, in order, tile `[0, size)`: no gap, no overlap."""

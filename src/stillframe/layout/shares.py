@@ -82,9 +82,8 @@ def rank_share(
 
     Envelopes go round robin over the ranks. Raises CoverageError if items do not tile their files.
     """
-    prove_coverage(layout.files, items)
-    element_bytes = np.array([item.element_bytes for item in items], dtype=np.int64)
-    held = _held(items, sources, holdings)
+    element_bytes = _column(items, "element_bytes")
+    held = _held(_proven_runs(layout.files, items), element_bytes, [holdings[name] for name in sources])
     mine = [_envelopes(items, [i for i, item in enumerate(items) if item.file % layout.world_size == rank])]
     for replicas, pieces in held.items():
         pieces = pieces.in_file_order()
@@ -113,10 +112,8 @@ def own_share(
 
     Raises CoverageError if items do not tile their files.
     """
-    prove_coverage(files, items)
-    pieces = _runs_of(items)
-    element_bytes = np.array([item.element_bytes for item in items], dtype=np.int64)
-    held = replace(pieces, length=pieces.length * element_bytes[pieces.item])
+    runs = _proven_runs(files, items)
+    held = replace(runs, length=runs.length * _column(items, "element_bytes")[runs.item])
     whole = Pieces.concatenate([_envelopes(items, range(len(items))), held])
     return _staged(layout, files, whole, items, sources, rank=rank, plan_id=plan_id)
 
@@ -162,23 +159,48 @@ def _staged(
     return RankShare(plan=plan, copies=tuple(copies), envelopes=tuple(envelopes))
 
 
-def prove_coverage(files: Sequence[FileLayout], items: Sequence[PlacedItem]) -> None:
-    """Raise CoverageError unless the items tile every file from its first byte to its last."""
+def _column(items: Sequence[PlacedItem], name: str) -> Ints:
+    return np.array([getattr(item, name) for item in items], dtype=np.int64)
+
+
+def _joined(runs: Sequence[Runs], name: str) -> Ints:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(getattr(r, name) for r in runs)])
+
+
+def _runs_of(items: Sequence[PlacedItem]) -> Pieces:
+    """The runs of all items, in order. Their `length` is in elements, and `element` counts in the whole tensor."""
+    runs = [item.runs for item in items if item.runs is not None]
+    index = np.array([i for i, item in enumerate(items) if item.runs is not None], dtype=np.int64)
+    item = np.repeat(index, np.array([len(r) for r in runs], dtype=np.int64))
+    file, begin, unit = (_column(items, name)[item] for name in ("file", "file_offset", "element_bytes"))
+    start, source, element, length = (_joined(runs, name) for name in ("start", "source", "source_start", "length"))
+    return Pieces(file, begin + start * unit, length, item, source, element)
+
+
+def _proven_runs(files: Sequence[FileLayout], items: Sequence[PlacedItem]) -> Pieces:
+    """`_runs_of` the items. Raises CoverageError unless the items tile every file from its first byte to its last, and
+    their runs or their content every item."""
+    runs = _runs_of(items)
     ends = [0] * len(files)
     for item in items:
-        file = files[item.file]
         if item.file_offset != ends[item.file]:
-            raise CoverageError(f"{file.name}: bytes {ends[item.file]} to {item.file_offset} are covered wrongly")
+            name = files[item.file].name
+            raise CoverageError(f"{name}: bytes {ends[item.file]} to {item.file_offset} are covered wrongly")
         ends[item.file] += item.length_bytes
-        if item.runs is None:
-            tiled = len(item.content) == item.length_bytes
-        else:
-            tiled = item.runs.covers(item.length_bytes // item.element_bytes)
-        if not tiled:
-            raise CoverageError(f"{file.name}: the item at offset {item.file_offset} is not covered by its parts")
     for file, end in zip(files, ends, strict=True):
         if end != file.size_bytes:
             raise CoverageError(f"{file.name}: has {file.size_bytes} bytes, of which {end} are covered")
+    begin, size, unit = (_column(items, name) for name in ("file_offset", "length_bytes", "element_bytes"))
+    # Laid end to end, the runs of an item must each begin where those before it in the item end.
+    laid = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(runs.length * unit[runs.item])])
+    border = np.searchsorted(runs.item, np.arange(len(items) + 1))
+    before = laid[border[:-1]]
+    wrong = laid[border[1:]] - before + np.array([len(item.content) for item in items], dtype=np.int64) != size
+    wrong[runs.item[runs.file_offset - begin[runs.item] != laid[:-1] - before[runs.item]]] = True
+    for index in np.flatnonzero(wrong)[:1].tolist():
+        name, offset = files[items[index].file].name, items[index].file_offset
+        raise CoverageError(f"{name}: the item at offset {offset} is not covered by its parts")
+    return runs
 
 
 def _envelopes(items: Sequence[PlacedItem], index: Sequence[int]) -> Pieces:
@@ -190,49 +212,29 @@ def _envelopes(items: Sequence[PlacedItem], index: Sequence[int]) -> Pieces:
     return Pieces(*(table[:, c] for c in range(6)))
 
 
-def _runs_of(items: Sequence[PlacedItem]) -> Pieces:
-    """The runs of all items; lengths in elements, not in bytes."""
-    columns: list[list[Ints]] = [[np.zeros(0, dtype=np.int64)] for _ in range(6)]
-    for i, item in enumerate(items):
-        if item.runs is None or not len(item.runs):
-            continue
-        n, runs, size = len(item.runs), item.runs, item.element_bytes
-        of_item = (
-            np.full(n, item.file),
-            item.file_offset + runs.start * size,
-            runs.length,
-            np.full(n, i),
-            runs.source,
-            runs.source_start,
-        )
-        for column, values in zip(columns, of_item, strict=True):
-            column.append(values)
-    return Pieces(*(np.concatenate(c) for c in columns))
+def _held(wanted: Pieces, element_bytes: Ints, holdings: Sequence[Holding]) -> dict[tuple[int, ...], Pieces]:
+    """What this rank holds of `wanted`, by the ranks that hold the same; `holdings` are those of the sources, in order.
 
-
-def _held(
-    items: Sequence[PlacedItem], sources: Sequence[str], holdings: Mapping[str, Holding]
-) -> dict[tuple[int, ...], Pieces]:
-    """The runs of all items that this rank holds, by the ranks that hold the same."""
-    pieces = _runs_of(items)
-    element_bytes = np.array([item.element_bytes for item in items], dtype=np.int64)
-    pieces = pieces.take(np.argsort(pieces.source, kind="stable"))
-    borders = np.searchsorted(pieces.source, np.arange(len(sources) + 1))
-    held: dict[tuple[int, ...], list[Pieces]] = defaultdict(list)
-    for s, name in enumerate(sources):
-        low, high = int(borders[s]), int(borders[s + 1])
-        holding = holdings[name]
-        if low == high or not len(holding.runs):
-            continue
-        wanted = pieces.take(np.arange(low, high))
-        runs = holding.runs
-        a, b, start, count = overlap(wanted.element, wanted.length, runs.start, runs.length)
-        part = wanted.take(a)
-        size_of = element_bytes[part.item]
-        file_offset = part.file_offset + (start - part.element) * size_of
-        local = runs.source_start[b] + (start - runs.start[b])
-        held[holding.replicas].append(Pieces(part.file, file_offset, count * size_of, part.item, part.source, local))
-    return {replicas: Pieces.concatenate(parts) for replicas, parts in held.items()}
+    All sources at once, as if they were one array after the other, each of the same size: one that is larger than any.
+    """
+    runs = [holding.runs for holding in holdings]
+    counts = np.array([len(r) for r in runs], dtype=np.int64)
+    start, local, length = (_joined(runs, name) for name in ("start", "source_start", "length"))
+    spacing = max((wanted.element + wanted.length).max(initial=0), (start + length).max(initial=0)) + 1
+    begin = start + np.repeat(np.arange(len(holdings), dtype=np.int64), counts) * spacing
+    place = wanted.element + wanted.source * spacing
+    a, b, found, count = overlap(place, wanted.length, begin, length)
+    part = wanted.take(a)
+    unit = element_bytes[part.item]
+    file_offset = part.file_offset + (found - place[a]) * unit
+    pieces = Pieces(part.file, file_offset, count * unit, part.item, part.source, local[b] + (found - begin[b]))
+    # A group of replicas may have as many members as the job has ranks: each tuple is hashed once, not once per source.
+    by_id = {id(holding.replicas): holding.replicas for holding in holdings}
+    groups = {replicas: number for number, replicas in enumerate(dict.fromkeys(by_id.values()))}
+    number_of = {key: groups[replicas] for key, replicas in by_id.items()}
+    numbers = np.array([number_of[id(holding.replicas)] for holding in holdings], dtype=np.int64)
+    group = np.repeat(numbers, counts)[b]
+    return {replicas: pieces.take(np.flatnonzero(group == number)) for replicas, number in groups.items()}
 
 
 def place_in_arena(file: Ints, file_offset: Ints, length: Ints, *, arena_bytes: int = 0) -> tuple[Ints, int]:

@@ -25,6 +25,7 @@ from stillframe.errors import (
     WriterDied,
 )
 from stillframe.records import Recovered
+from stillframe.sketch import Sketch
 from tests.unit.commit.meetings import NONCE, PATH, ballots, meetings, on_ranks
 
 DISK_FULL = Failure(error="WriteFailed", rank=1, stage="write", reason="No space left on device")
@@ -213,6 +214,15 @@ def test_ranks_that_do_not_agree_are_named(other: Vote, said: str) -> None:
     assert caught.value.rank == 1
 
 
+def test_the_first_tensor_that_a_rank_describes_differently_is_named() -> None:
+    own = Sketch.of([("embed", "f32"), ("head", "f32"), ("norm", "f32")])
+    other = Sketch.of([("embed", "f32"), ("head", "bf16"), ("norm", "bf16")])
+    said = "rank 1 has another layout than rank 0: .* The first tensor that they describe differently: head$"
+    dissent = replace(vote(1, digest="e"), sketch=other.digits)
+    with pytest.raises(SaveFailed, match=said):
+        cast([vote(0), dissent, vote(2)], world_size=3).collect(own)
+
+
 # Waiting for rank 0
 
 
@@ -339,14 +349,16 @@ def test_a_rank_with_another_layout_learns_it_before_it_writes() -> None:
     def rank_0() -> Any:
         first.open(None, layout_digest="d")
         first.cast(vote(0))
-        return first.collect()
+        return first.collect(Sketch.of([("a", "2 rows"), ("b", "3 rows")]))
 
     def rank_2() -> Any:
         third.await_open(layout_digest="d")
         third.cast(vote(2))
         return "may write"
 
-    outcomes = on_ranks(rank_0, lambda: second.await_open(layout_digest="e"), rank_2)
+    other = Sketch.of([("a", "2 rows"), ("b", "4 rows")])
+    outcomes = on_ranks(rank_0, lambda: second.await_open(layout_digest="e", sketch=other), rank_2)
+    assert str(outcomes[0]).endswith("The first tensor that they describe differently: b")
     assert outcomes[2] == "may write"
     for outcome in outcomes[:2]:
         assert isinstance(outcome, SaveFailed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from stillframe.errors import UnsupportedModel
+from stillframe.errors import LayoutError, UnsupportedModel
 from stillframe.layout.huggingface import (
     SAFETENSORS_DTYPES,
     lay_out,
@@ -26,6 +27,7 @@ from stillframe.layout.huggingface import (
 from stillframe.layout.keys import Key, KeyMap
 from stillframe.layout.placement import Holding
 from stillframe.layout.runs import Runs
+from stillframe.records import Layout
 from stillframe.testing.models import tiny_qwen3
 
 SIZES = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 6)), min_size=1, max_size=25)
@@ -81,6 +83,40 @@ def test_headers_are_what_safetensors_writes(
     assert path.stat().st_size == layout.files[0].size_bytes
 
 
+def lay_out_keys(*keys: Key, max_shard_bytes: int = 10**9) -> Layout:
+    size = max(key.block_bytes for key in keys)
+    holding = Holding(runs=Runs.of([(0, 0, 0, size)]), replicas=(0,), signature="")
+    layout, _ = lay_out(
+        KeyMap(sources=("s",), keys=keys),
+        {"s": holding},
+        source_dtypes=[torch.uint8],
+        max_shard_bytes=max_shard_bytes,
+        total_parameters=7,
+        world_size=1,
+    )
+    return layout
+
+
+@given(st.sets(NAMES, min_size=2, max_size=12))
+def test_the_index_is_what_json_writes(names: set[str]) -> None:
+    keys = [_key(name, (5,), torch.uint8, block, 5) for block, name in enumerate(sorted(names))]
+    layout = lay_out_keys(*keys, max_shard_bytes=5)
+    weight_map = {item.name: file.name for file in layout.files for item in file.items if item.name}
+    assert sorted(weight_map) == sorted(names)
+    metadata = {"total_parameters": 7, "total_size": 5 * len(names)}
+    expected = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+    assert layout.inline_files[0].content.decode() == expected
+
+
+def test_a_header_that_safetensors_would_not_read_is_refused_and_one_that_it_reads_is_not() -> None:
+    keys = [_key(f"{i:03}" + "n" * 999_900, (1,), torch.uint8, i, 1) for i in range(100)]
+    layout = lay_out_keys(*keys)
+    assert 99_990_000 < layout.files[0].items[0].length_bytes <= 100_000_008
+    said = r"model\.safetensors: its header would have \d{9} bytes, more than the 100000000 .* a smaller max_shard_size"
+    with pytest.raises(LayoutError, match=said):
+        lay_out_keys(*keys, _key("one more" + "n" * 99_999, (1,), torch.uint8, 100, 1))
+
+
 def test_every_dtype_that_torch_and_safetensors_share_has_a_name(tmp_path: Path) -> None:
     for dtype, name in SAFETENSORS_DTYPES.items():
         save_file({"t": torch.zeros(8, dtype=torch.uint8).view(dtype)}, tmp_path / "f.safetensors")
@@ -128,3 +164,20 @@ def test_the_layout_is_the_same_whatever_the_rank_and_the_hash_seed() -> None:
     assert plans[0].layout == plans[1].layout == plans[2].layout
     other = plan_huggingface(tiny_qwen3(), max_shard_bytes=60_000, rank=0, world_size=3, plan_id=1)
     assert other.layout.digest != plans[0].layout.digest
+
+
+def test_garbage_is_collected_again_after_a_plan_and_after_one_that_failed() -> None:
+    model = tiny_qwen3()
+    assert gc.isenabled()
+    _plan(model)
+    assert gc.isenabled()
+    model.register_buffer("odd", torch.zeros(4, dtype=torch.complex128))
+    with pytest.raises(UnsupportedModel):
+        _plan(model)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        _plan(tiny_qwen3())
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -57,9 +57,19 @@ def assert_reproduces(model: PreTrainedModel) -> KeyMap:
     return key_map
 
 
+def assert_blocks(key_map: KeyMap, model: PreTrainedModel) -> None:
+    """Keys are in one block where transformers has them in one storage, also after its copies."""
+    expected = revert_weight_conversion(model, dict(runtime_tensors(model)))
+    storages = {name: tensor.untyped_storage() for name, tensor in expected.items()}
+    assert {key.name: key.block_bytes for key in key_map.keys} == {n: s.nbytes() for n, s in storages.items()}
+    blocks = {(key.block, storages[key.name].data_ptr()) for key in key_map.keys}
+    assert len(blocks) == len({block for block, _ in blocks}) == len({place for _, place in blocks})
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_keys_of_a_model_from_config_are_what_transformers_would_save(name: str) -> None:
-    assert_reproduces(MODELS[name]())
+    model = MODELS[name]()
+    assert_blocks(assert_reproduces(model), model)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -100,7 +110,9 @@ def test_one_parameter_split_into_several_keys_and_several_joined_into_one() -> 
     for layer in model.model.layers:  # equal shapes, so that they can be joined along the second dimension
         for name in ("q_proj", "k_proj", "v_proj"):
             setattr(layer.self_attn, name, nn.Linear(10, 6, bias=False))
-    keys = {key.name: key for key in assert_reproduces(model).keys}
+    key_map = assert_reproduces(model)
+    assert_blocks(key_map, model)
+    keys = {key.name: key for key in key_map.keys}
     assert keys["model.layers.0.self_attn.qkv_proj.weight"].shape == (6, 30)
     assert keys["model.layers.0.mlp.down_right.weight"].shape == (56, 40)
 
@@ -142,7 +154,12 @@ def join_then_scale(tensor: torch.Tensor) -> torch.Tensor:
         (lambda t: t * 2, r"model\.layers\.0\.mlp\.w is not made of renames, slices and concatenations"),
         (lambda t: t.mul_(2), r"changes tensors in place: model\.layers\.0\.mlp\.down_proj\.weight"),
         (lambda t: t[:4].add_(1), r"changes tensors in place: model\.layers\.0\.mlp\.down_proj\.weight"),
-        (join_then_scale, r"model\.layers\.0\.mlp\.w is a concatenation that is then changed in place"),
+        (join_then_scale, r"model\.layers\.0\.mlp\.w is a concatenation or copy that is then changed in place"),
+        (lambda t: t.t().contiguous().mul_(2), r"model\.layers\.0\.mlp\.w is a concatenation or copy that is then"),
+        (
+            lambda t: torch.cat([t, t]).view(torch.int32),
+            r"mlp\.w takes the bytes of a concatenation, torch\.float32, as",
+        ),
         (lambda t: torch.cat([t, t.to(torch.float64)]), r"model\.layers\.0\.mlp\.w is a concatenation .* dtypes"),
         (
             lambda t: t.view(torch.int32),
@@ -202,6 +219,9 @@ JOINS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "cat of one cat twice": lambda a, b: torch.cat([torch.cat([a, b], 2)] * 2, 1),
     "split and joined again": lambda a, b: torch.cat([*torch.chunk(a, 2, dim=2), *b.unbind(1)[:1]][:2], 0),
     "narrow, squeeze, view": lambda a, b: a.narrow(0, 1, 1).squeeze(0).view(-1)[3:7],
+    "copies of parts": lambda a, b: torch.cat([a[:, 1:].contiguous(), b.transpose(0, 1).contiguous()[:2]], 1),
+    "copy of a copy, sliced": lambda a, b: a[:, :2].contiguous()[:, 1:].contiguous()[1],
+    "copy of nothing new": lambda a, b: a.contiguous()[1].contiguous(),
     "transposed join": lambda a, b: torch.cat([a, b], 1).permute(2, 0, 1),
     "nothing": lambda a, b: torch.cat([a[:0], b[:0]]),
 }
@@ -213,6 +233,9 @@ def test_the_tracer_follows_views_and_joins(name: str) -> None:
     tracer = Tracer(inputs)
     output = tracer.run(lambda tensors: {"joined": JOINS[name](tensors["a"], tensors["b"])})["joined"]
     runs = tracer.runs_of("joined", output)
+    (together,) = tracer.runs_of_each({"joined": output})
+    for column in ("start", "source", "source_start", "length"):
+        assert getattr(runs, column).tolist() == getattr(together, column).tolist()
     values = [torch.arange(24.0).reshape(2, 3, 4), torch.arange(100.0, 124.0).reshape(2, 3, 4)]
     with torch.device("cpu"):
         expected = JOINS[name](*values) if "empty" not in name else torch.cat(values)
