@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import stillframe
 from stillframe.catalog.directory import list_checkpoints
-from stillframe.errors import CheckpointExists, ModelMismatch
+from stillframe.errors import CheckpointExists, ModelMismatch, SaveFailed
 from stillframe.testing import run_process, run_ranks
 from tests.multirank.checkpoints import PLACES, Run, draws
 from tests.multirank.exports import digests
@@ -190,6 +190,10 @@ def refuse_existing(run_dir: Path) -> None:
         with pytest.raises(CheckpointExists):
             ckpt.async_save_both(1)
         ckpt.save_hf(1)
+        for wrong in ({"train_state": {"pair": (1, 2)}}, {"train_state": [1]}, {"metrics": {"loss": "low"}}):
+            # Rank 0's are saved, so rank 0's are looked at, and all learn what is wrong with them.
+            with pytest.raises(SaveFailed, match=f"{next(iter(wrong))}"):
+                ckpt.save(2, **wrong if rank() == 0 else {})
         run.step()
         ckpt.save(1, overwrite=True, metrics={"loss": torch.tensor(0.25)})
 

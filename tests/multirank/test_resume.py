@@ -124,7 +124,9 @@ def resume_damaged(run_dir: Path) -> tuple[str, int, dict[str, str], list[str]]:
         dist.barrier()
         resumed = ckpt.resume(fallback=True)
         assert resumed is not None
+        assert (run_dir / "checkpoint-latest").readlink() == Path("checkpoint-2")
         found = run.digests()
+        dist.barrier()
         # The damaged one's step can be saved again.
         run.step()
         ckpt.save(3)

@@ -246,10 +246,8 @@ class Ballot:
             failure = Failure(error=first.error, rank=first.rank, stage=first.stage, reason=reason)
             raise failure.exception(step=self._step, path=self._path)
         if late:
-            # Attempt 0 is the start; a later one without a step is a resume.
-            called, stage = (
-                ("the save", "vote") if self._step is not None or self._number == 0 else ("resume", "resume")
-            )
+            is_resume = self._step is None and self._number > 0  # without a step, attempt 0 is the start
+            called, stage = ("resume", "resume") if is_resume else ("the save", "vote")
             raise SaveTimeout(
                 f"{in_words(late)} did not report within {self._timeout_s:.0f} s (of {self._meeting.world_size} "
                 f"ranks); did every rank call {called}?",
