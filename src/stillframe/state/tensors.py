@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 from stillframe.errors import UnsupportedModel
 from stillframe.tree import StateTree
+from stillframe.wrappers import clean_name
 
 MODEL = "model"
 OPTIMIZER = "optimizer"
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 
 
 def tree_of(model: nn.Module, optimizers: Sequence[Optimizer], *, save_frozen: bool) -> StateTree:
@@ -67,11 +67,6 @@ def tree_of(model: nn.Module, optimizers: Sequence[Optimizer], *, save_frozen: b
 def parameter_names(model: nn.Module) -> dict[int, str]:
     """id of each parameter -> the first of its names, without those of wrappers."""
     return {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
-
-
-def clean_name(name: str) -> str:
-    """A name in the model without the parts that `torch.compile` and activation checkpointing put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _by_clean_name(state: Mapping[str, Any]) -> dict[str, Any]:
