@@ -25,9 +25,9 @@ class CheckpointerOptions:
     save_dtype: "bfloat16" saves floating-point parameters so, cast in the snapshot; None saves what there is. Buffers,
         and modules that transformers keeps in float32, keep their dtype.
     keep_in_fp32: regular expressions; parameters whose key or name in the model matches one are not cast.
-    key_mapping: regular expressions -> what replaces their matches: the keys of an export, where they are to differ from
-        those that transformers gives them, or from a module's own names. See `stillframe.layout.renaming`. Given, any
-        nn.Module can be exported, with {} under its own names; None exports PreTrainedModels only.
+    key_mapping: regular expressions -> what replaces their matches in the keys of exports, which else are those that
+        transformers writes; the longest match wins. With one, {} included, any nn.Module can be exported, under its own
+        names but for what is replaced; without, PreTrainedModels only.
     hf_export: whether exports are planned at all. False: none can be saved, and any nn.Module can be checkpointed.
     hf_max_keep: how many exports are kept, the newest by publication; None and -1 keep all.
     keep_hf: a rule for the same, instead of a number: see `stillframe.policies`.

@@ -130,7 +130,9 @@ def _refuse_partial_overlap(model: nn.Module, state: dict[str, torch.Tensor], na
 def save_keys(model: nn.Module, tensors: Mapping[str, torch.Tensor], key_mapping: KeyMapping | None = None) -> KeyMap:
     """The keys that `save_pretrained` of the unsharded `model` writes, as runs over `tensors` (`runtime_tensors`).
 
-    For a module that is no PreTrainedModel these are its own names. `key_mapping` renames the keys at the end. Depends on names, shapes and dtypes only; no data is read. Raises UnsupportedModel, naming the keys, where
+    For a module that is no PreTrainedModel these are its own names. `key_mapping` renames the keys at the end.
+
+    Depends on names, shapes and dtypes only; no data is read. Raises UnsupportedModel, naming the keys, where
     a conversion is more than renames, slices and concatenations, or loses a part of a tensor, or the mapping a key.
     """
     names = tuple(tensors)

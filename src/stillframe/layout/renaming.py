@@ -13,8 +13,8 @@ from stillframe.errors import UnsupportedModel
 class KeyMapping:
     """What names become in the files: every name is matched against every pattern, anywhere in it.
 
-    Of several that match, the one with the longest match is applied, to all of its matches, as `re.sub` does; of equally
-    long ones the first. A name that none matches stays as it is.
+    Of several that match, the one with the longest match is applied, to all of its matches, as `re.sub` does; of
+    equally long ones the first. A name that none matches stays as it is.
     """
 
     rules: tuple[tuple[re.Pattern[str], str], ...]

@@ -55,9 +55,9 @@ def load_hf(
     Transformers model: plain, wrapped in DistributedDataParallel, or sharded by `fully_shard` or as DTensors in any way
     that stillframe can save. Neither number nor kind of ranks need be those of the save.
 
-    With the `key_mapping` that an export was made with, as the Checkpointer takes it (from the module's names, or the
-    keys that Transformers gives them, to those of the files), `model` may be any module; {} says that the files have its
-    own names. A Transformers model reads, of the forms of its experts, the one in which it would itself be saved.
+    `key_mapping` is the one that the export was made with, as the Checkpointer takes it: from the module's names, or the
+    keys that Transformers gives them, to those of the files. With one, {} included, `model` may be any module. What was
+    renamed is read in the forms in which this model has it and would itself be saved, and in no other.
 
     Each rank reads only the bytes that it holds (of a transposed tensor, such as the experts of Qwen3-VL-MoE in the
     Hub's layout: the matrices that it holds any part of). Extra memory is 16 MiB, plus one such matrix, plus a copy of
@@ -72,10 +72,11 @@ def load_hf(
     load, `model.init_weights()` initialises what no file holds, such as rotary frequencies, and nothing else: what was
     loaded is marked (`_is_hf_initialized`) as `from_pretrained` marks it.
 
-    Raises OptionError for a bad `key_mapping`, NotACheckpoint or CorruptCheckpoint for the directory, UnsupportedModel or UnsupportedPlacement for the
-    model, ModelMismatch with all missing and unexpected keys, wrong shapes and dtypes at once. All of these come before
-    anything is written to the model. `strict=False` allows missing and unexpected keys. LoadError or
-    CorruptCheckpoint while reading (an I/O error, a file cut short meanwhile) leaves the model partly loaded.
+    Raises OptionError for a bad `key_mapping`, NotACheckpoint or CorruptCheckpoint for the directory, UnsupportedModel
+    or UnsupportedPlacement for the model, ModelMismatch with all missing and unexpected keys, wrong shapes and dtypes
+    at once. All of these come before anything is written to the model. `strict=False` allows missing and unexpected
+    keys. LoadError or CorruptCheckpoint while reading (an I/O error, a file cut short meanwhile) leaves the model
+    partly loaded.
     """
     rules = key_rules(key_mapping)
     inner = _loadable(unwrapped(model, any_module=rules is not None))

@@ -76,15 +76,14 @@ def load_keys(
     Shapes are global ones, however the model is sharded. `key_mapping` is the one that the keys were saved with. Raises
     UnsupportedModel, naming the tensor, where a conversion is more than renames, slices, concatenations and transposes.
     """
-    convert = _converted_keys if isinstance(model, PreTrainedModel) else _own_keys
     if key_mapping is None:
-        return convert(model, state, stored)
+        return _unmapped_keys(model, state, stored)
     names = _names_before(model, state, key_mapping)
     # A key may look like a name that the mapping gives another key; it is not the one that is meant.
     taken = set(names.values())
     astray = {key: (key,) for key in stored if key not in names and key in taken}
-    keys = convert(model, state, {names.get(key, key): stored[key] for key in stored if key not in astray})
-    key_of = {names.get(key, key): key for key in stored}
+    keys = _unmapped_keys(model, state, {names.get(key, key): stored[key] for key in stored if key not in astray})
+    key_of = {names.get(key, key): key for key in stored if key not in astray}
     return replace(
         keys,
         sources=tuple(replace(source, key=key_of[source.key]) for source in keys.sources),
@@ -95,16 +94,23 @@ def load_keys(
 def _names_before(model: nn.Module, state: Mapping[str, torch.Tensor], key_mapping: KeyMapping) -> dict[str, str]:
     """Key that a save of `model` gives -> the key that it would have without the mapping.
 
-    Further names of tied tensors, of which a save writes one, are known too, where their keys are nobody else's.
+    The names in the model itself are known too, where their keys are nobody else's: a save writes one name of a tied
+    tensor, and experts may be stored as the model has them.
     """
     saved = [key.name for key in save_keys(model, runtime_tensors(model)).keys]
     names = {key: name for name, key in key_mapping.keys_of(saved).items()}
-    for name in state.keys() - set(saved) if not isinstance(model, PreTrainedModel) else ():
+    for name in state:
         names.setdefault(key_mapping.key_of(name), name)
     return names
 
 
-def _own_keys(model: nn.Module, state: dict[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> LoadKeys:
+def _unmapped_keys(model: nn.Module, state: dict[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> LoadKeys:
+    if isinstance(model, PreTrainedModel):
+        return _converted_keys(model, state, stored)
+    return _own_keys(state, stored)
+
+
+def _own_keys(state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> LoadKeys:
     """What keys make of a module that has no conversions: each is a tensor of that name, or nothing."""
     tensors = {}
     unfit = {}
