@@ -55,9 +55,9 @@ def load_hf(
     Transformers model: plain, wrapped in DistributedDataParallel, or sharded by `fully_shard` or as DTensors in any way
     that stillframe can save. Neither number nor kind of ranks need be those of the save.
 
-    `key_mapping` is the one that the export was made with, as the Checkpointer takes it: from the module's names, or the
-    keys that Transformers gives them, to those of the files. With one, {} included, `model` may be any module. What was
-    renamed is read in the forms in which this model has it and would itself be saved, and in no other.
+    `key_mapping` is the one that the export was made with, as the Checkpointer takes it: from the module's names, or
+    the keys that Transformers gives them, to those of the files. With one, {} included, `model` may be any module. What
+    was renamed is read in the forms in which this model has it or would itself be saved, and in no other.
 
     Each rank reads only the bytes that it holds (of a transposed tensor, such as the experts of Qwen3-VL-MoE in the
     Hub's layout: the matrices that it holds any part of). Extra memory is 16 MiB, plus one such matrix, plus a copy of

@@ -87,7 +87,7 @@ def load_keys(
     return replace(
         keys,
         sources=tuple(replace(source, key=key_of[source.key]) for source in keys.sources),
-        unexpected={**{key_of[key]: to for key, to in keys.unexpected.items()}, **astray},
+        unexpected=dict(sorted({**{key_of[key]: to for key, to in keys.unexpected.items()}, **astray}.items())),
     )
 
 
