@@ -56,5 +56,8 @@ def without_wrappers(model: nn.Module) -> Iterator[None]:
 
 
 def _held(module: nn.Module) -> nn.Module | None:
-    """The module that `module` is a wrapper of; None if it is none."""
-    return next((module._modules[name] for name in _WRAPPED_NAMES if name in module._modules), None)
+    """The module that `module` is a wrapper of; None if it is none, or has something of its own besides."""
+    if len(module._modules) != 1 or module._parameters or module._buffers:
+        return None
+    ((name, inner),) = module._modules.items()
+    return inner if name in _WRAPPED_NAMES else None

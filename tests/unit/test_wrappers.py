@@ -52,7 +52,7 @@ def test_inside_the_context_all_names_are_those_of_the_model_without_wrappers(ho
 def test_wrappers_are_back_after_an_error() -> None:
     model = nn.Sequential(compiled(block()), checkpoint_wrapper(block()))
     before = list(model)
-    with pytest.raises(AttributeError, match="no attribute .absent"), without_wrappers(model):
+    with pytest.raises(AttributeError, match=r"no attribute .absent"), without_wrappers(model):
         model.get_parameter("absent")
     assert list(model) == before
 
@@ -70,6 +70,20 @@ def test_outermost_wrappers_are_seen_through(how: str) -> None:
     inner = block()
     assert unwrapped_module(WRAPS[how](inner)) is inner
     assert unwrapped_module(inner) is inner
+
+
+def test_a_module_with_tensors_of_its_own_is_no_wrapper() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = module
+            self.scale = nn.Parameter(torch.ones(1))
+
+    model = nn.Sequential(Scaled(block()))
+    before = names(model)
+    with without_wrappers(model):
+        assert names(model) == before
+    assert unwrapped_module(model[0]) is model[0]
 
 
 def test_a_name_that_only_resembles_a_wrappers_stays() -> None:
