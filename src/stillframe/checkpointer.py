@@ -38,9 +38,10 @@ from stillframe.errors import (
 from stillframe.export import Export
 from stillframe.frames import Frames, What
 from stillframe.layout.casting import Cast
-from stillframe.layout.huggingface import unwrapped, unwrapped_module
+from stillframe.layout.huggingface import unwrapped
+from stillframe.layout.renaming import KeyMapping
 from stillframe.names import CHECKPOINT_PART, EXPORT_PART, KINDS, TOGETHER, published_path
-from stillframe.options import CheckpointerOptions, checked_metrics, run_directory
+from stillframe.options import CheckpointerOptions, checked_metrics, key_rules, run_directory
 from stillframe.policies import RetentionPolicy
 from stillframe.records import Layout, Recovered
 from stillframe.resumable import Resumable, encode_train_state
@@ -50,6 +51,7 @@ from stillframe.start import Started, agree_to_start
 from stillframe.state.objects import Stateful, check_stateful
 from stillframe.watch.monitor import Monitor
 from stillframe.watch.progress import SaveProgress, SaveReport, Tracker
+from stillframe.wrappers import unwrapped_module
 
 _log = logging.getLogger("stillframe")
 _KEPT_REPORTS = 256
@@ -93,7 +95,8 @@ class Checkpointer:
     Args:
         run_dir: where checkpoints appear; on a file system that all ranks share. Created if missing. What an earlier
             run wrote whole but could not publish is published now, the rest of what it left is removed (`recovered`).
-        model: a transformers PreTrainedModel, plain, in DDP, or sharded with FSDP2; with `hf_export=False` any module.
+        model: a transformers PreTrainedModel, plain, in DDP, or sharded with FSDP2; with a `key_mapping`, or with
+            `hf_export=False`, any module.
             Tensors that are not DTensors count as replicated: parameters must be equal on all ranks; of buffers, rank
             0's are saved.
         optimizer: what checkpoints hold besides the model; one or several. Made from the sharded model's parameters.
@@ -102,6 +105,7 @@ class Checkpointer:
         stateful: further such objects, by name.
         tokenizer: saved into every export; rendered now, once. Anything with `save_pretrained(directory)`.
         processor: likewise, for multimodal models.
+        config: likewise, for a module that is no PreTrainedModel; those have a config of their own.
         All others: see `stillframe.options.CheckpointerOptions`.
 
     Blocks until the arena (for an export: this rank's share of the model) is allocated and the writer process runs.
@@ -120,10 +124,12 @@ class Checkpointer:
         stateful: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
         processor: Any = None,
+        config: Any = None,
         hf_export: bool = True,
         max_shard_size: int | str = "50GB",
         save_dtype: str | torch.dtype | None = None,
         keep_in_fp32: Sequence[str] = (),
+        key_mapping: Mapping[str, str] | None = None,
         save_frozen: bool = True,
         publish_together: bool = False,
         hf_max_keep: int | None = None,
@@ -139,6 +145,7 @@ class Checkpointer:
             max_shard_size=max_shard_size,
             save_dtype=None if save_dtype is None else str(save_dtype).removeprefix("torch."),
             keep_in_fp32=(keep_in_fp32,) if isinstance(keep_in_fp32, str) else tuple(keep_in_fp32),
+            key_mapping=key_mapping,
             save_frozen=save_frozen,
             publish_together=publish_together,
             hf_max_keep=hf_max_keep,
@@ -168,7 +175,7 @@ class Checkpointer:
                 self._options.run_dir,
                 self._ballot,
                 self._meeting,
-                lambda: self._set_up(model, companions, optimizers, own),
+                lambda: self._set_up(model, config, companions, optimizers, own),
                 self._begin_history,
             )
             self._steps = dict(self._started.steps)
@@ -403,6 +410,7 @@ class Checkpointer:
     def _set_up(
         self,
         model: nn.Module,
+        config: Any,
         companions: tuple[Any, ...],
         optimizers: tuple[Optimizer, ...],
         own: Mapping[str, Stateful],
@@ -412,9 +420,12 @@ class Checkpointer:
         self._git_commit = provenance.git_commit() if rank == 0 else None
         export = None
         if self._options.hf_export:
+            rules = key_rules(self._options.key_mapping)
             export = Export(
-                unwrapped(model),
+                unwrapped(model, any_module=rules is not None),
+                config=config,
                 companions=companions,
+                key_mapping=None if rules is None else KeyMapping(rules=rules),
                 max_shard_bytes=self._options.max_shard_bytes,
                 cast=_cast(self._options),
                 rank=rank,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
-from stillframe.errors import UnsupportedModel
+from stillframe.errors import OptionError, UnsupportedModel
 from stillframe.layout.casting import Cast
 from stillframe.layout.companions import render_companion, render_config
 from stillframe.layout.huggingface import HuggingFacePlan, plan_huggingface
+from stillframe.layout.renaming import KeyMapping
 from stillframe.names import MANIFEST_NAME, WORK_DIR_NAME
 from stillframe.records import InlineFile, Layout
 from stillframe.snapshot.copy import Watched
@@ -19,22 +21,28 @@ from stillframe.snapshot.copy import Watched
 class Export:
     """Plans `model` as a Hugging Face directory, with the files of its `companions` (tokenizer, processor) beside.
 
-    Raises LayoutError where the model, its config or a companion cannot be saved.
+    A module that is no PreTrainedModel has no config of its own; `config` may stand in for it. Raises LayoutError where
+    the model, its config or a companion cannot be saved, OptionError for a `config` that is one too many.
     """
 
     format = "hf"
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         *,
+        config: Any,
         companions: tuple[Any, ...],
+        key_mapping: KeyMapping | None,
         max_shard_bytes: int,
         cast: Cast | None,
         rank: int,
         world_size: int,
     ) -> None:
+        if config is not None and isinstance(model, PreTrainedModel):
+            raise OptionError(f"config is for modules that have none; {type(model).__name__} is saved with its own")
         self._model = model
+        self._key_mapping = key_mapping
         self._max_shard_bytes = max_shard_bytes
         self._cast = cast
         self._rank = rank
@@ -43,14 +51,17 @@ class Export:
         self._plan: HuggingFacePlan | None = None
         self._watched: Watched | None = None
         if rank == 0:
-            render_config(model, model.dtype)  # a config that cannot be saved is better found now than at a save
-            self._companion_files = tuple(file for c in companions for file in render_companion(c))
+            if isinstance(model, PreTrainedModel):
+                render_config(model, model.dtype)  # a config that cannot be saved is better found now than at a save
+            rendered = (config, *companions)
+            self._companion_files = tuple(f for c in rendered if c is not None for f in render_companion(c))
 
     def plan(self, plan_id: int) -> HuggingFacePlan:
         plan = plan_huggingface(
             self._model,
             max_shard_bytes=self._max_shard_bytes,
             cast=self._cast,
+            key_mapping=self._key_mapping,
             rank=self._rank,
             world_size=self._world_size,
             plan_id=plan_id,
@@ -74,7 +85,10 @@ class Export:
         assert self._plan is not None, "a save is planned before its files are"
         if self._rank != 0:
             return tuple
-        config_files = render_config(self._model, self._plan.config_dtype)
+        config_files: tuple[InlineFile, ...] = ()
+        if isinstance(self._model, PreTrainedModel):
+            assert self._plan.config_dtype is not None, "a PreTrainedModel has a dtype"
+            config_files = render_config(self._model, self._plan.config_dtype)
         files = {f.name: f for f in (*config_files, *self._plan.layout.inline_files, *self._companion_files)}
         return lambda: tuple(files.values())
 

@@ -25,6 +25,9 @@ class CheckpointerOptions:
     save_dtype: "bfloat16" saves floating-point parameters so, cast in the snapshot; None saves what there is. Buffers,
         and modules that transformers keeps in float32, keep their dtype.
     keep_in_fp32: regular expressions; parameters whose key or name in the model matches one are not cast.
+    key_mapping: regular expressions -> what replaces their matches in the keys of exports, which else are those that
+        transformers writes; the longest match wins. With one, {} included, any nn.Module can be exported, under its own
+        names but for what is replaced; without, PreTrainedModels only.
     hf_export: whether exports are planned at all. False: none can be saved, and any nn.Module can be checkpointed.
     hf_max_keep: how many exports are kept, the newest by publication; None and -1 keep all.
     keep_hf: a rule for the same, instead of a number: see `stillframe.policies`.
@@ -43,6 +46,7 @@ class CheckpointerOptions:
     max_shard_size: int | str = "50GB"
     save_dtype: str | None = None
     keep_in_fp32: tuple[str, ...] = ()
+    key_mapping: Mapping[str, str] | None = None
     hf_export: bool = True
     hf_max_keep: int | None = None
     keep_hf: RetentionPolicy | None = None
@@ -66,6 +70,8 @@ class CheckpointerOptions:
                 raise OptionError(f"keep_in_fp32 has {pattern!r}, which is no regular expression: {error}") from error
         if self.keep_in_fp32 and self.save_dtype is None:
             raise OptionError("keep_in_fp32 has no effect without save_dtype; set both or neither")
+        if key_rules(self.key_mapping) is not None and self.hf_export is False:
+            raise OptionError("key_mapping has no effect with hf_export=False: it names the keys of exports")
         for name in ("hf_export", "publish_together", "save_frozen"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, not {getattr(self, name)!r}")
@@ -117,6 +123,25 @@ class CheckpointerOptions:
         raise OptionError(
             f"max_shard_size must be a positive number of bytes or text such as '500MB' or '5GB', not {size!r}"
         )
+
+
+def key_rules(key_mapping: Mapping[str, str] | None) -> tuple[tuple[re.Pattern[str], str], ...] | None:
+    """`key_mapping` as compiled rules, in its order; None for None. Raises OptionError."""
+    if key_mapping is None:
+        return None
+    if not isinstance(key_mapping, Mapping):
+        raise OptionError(f"key_mapping must be None or map regular expressions to replacements, not {key_mapping!r}")
+    rules = []
+    for pattern, replacement in key_mapping.items():
+        if not isinstance(pattern, str) or not isinstance(replacement, str):
+            raise OptionError(f"key_mapping maps text to text, not {pattern!r} to {replacement!r}")
+        try:
+            compiled = re.compile(pattern)
+            compiled.sub(replacement, "")  # refuses a group that the pattern does not have
+        except (re.error, IndexError) as error:
+            raise OptionError(f"key_mapping has {pattern!r}: {replacement!r}, which re.sub refuses: {error}") from error
+        rules.append((compiled, replacement))
+    return tuple(rules)
 
 
 def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:

@@ -55,6 +55,8 @@ def with_size(size: Any) -> int:
         ("keep_hf", 3),
         ("keep_hf", KeepLast),
         ("keep_checkpoints", (KeepLast(3),)),
+        ("key_mapping", ["a"]),
+        ("key_mapping", "a"),
         ("hf_export", None),
         ("save_frozen", 1),
         ("publish_together", "yes"),
@@ -77,6 +79,26 @@ def test_an_illegal_option_is_refused_by_name_and_value(name: str, value: Any) -
         CheckpointerOptions(**options)
     assert name in str(caught.value)
     assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"layers.(": "x"}, r"'layers\.\(': 'x', which re\.sub refuses: missing \)"),
+        ({"a": r"\1"}, r"which re\.sub refuses: invalid group reference 1"),
+        ({"a": r"\g<n>"}, "which re.sub refuses: unknown group name 'n'"),
+        ({"a": None}, "maps text to text, not 'a' to None"),
+        ({b"a": "b"}, "maps text to text, not b'a' to 'b'"),
+    ],
+)
+def test_a_mapping_that_cannot_be_applied_is_refused_by_rule(mapping: dict[Any, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=f"key_mapping .*{message}"):
+        CheckpointerOptions(run_dir=RUN, key_mapping=mapping)
+
+
+def test_without_exports_there_are_no_keys_to_map() -> None:
+    with pytest.raises(OptionError, match="key_mapping has no effect with hf_export=False"):
+        CheckpointerOptions(run_dir=RUN, hf_export=False, key_mapping={})
 
 
 @pytest.mark.parametrize(("number", "rule"), [(None, KeepAll()), (-1, KeepAll()), (1, KeepLast(1)), (3, KeepLast(3))])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from stillframe.layout.keys import Key, KeyMap
@@ -21,7 +22,7 @@ class Cast:
     keep: tuple[re.Pattern[str], ...]
 
 
-def cast_keys(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], key_map: KeyMap, cast: Cast) -> KeyMap:
+def cast_keys(model: nn.Module, tensors: Mapping[str, torch.Tensor], key_map: KeyMap, cast: Cast) -> KeyMap:
     """`key_map` with the dtypes that its keys have in the files, sharded as the model so cast would be.
 
     Buffers keep their dtype. So do the modules that transformers itself keeps in float32
@@ -29,7 +30,9 @@ def cast_keys(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], key_m
     """
     parameters = {id(parameter) for parameter in model.parameters()}
     # Patterns as transformers reads them when it loads: "*" for anything, anywhere in the name.
-    kept_modules = [re.compile(m.replace("*", ".*")) for m in sorted(model._keep_in_fp32_modules_strict or ())]
+    kept_modules = [
+        re.compile(m.replace("*", ".*")) for m in sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    ]
     kept_sources = {
         index
         for index, name in enumerate(key_map.sources)

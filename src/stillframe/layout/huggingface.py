@@ -14,20 +14,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from stillframe.errors import LayoutError, UnsupportedModel
 from stillframe.layout.casting import Cast, cast_keys, saved_dtype
 from stillframe.layout.keys import Key, KeyMap, runtime_tensors, save_keys
 from stillframe.layout.placement import Holding, Holdings
+from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.shares import PlacedItem, rank_share
 from stillframe.records import FileLayout, InlineFile, Item, Layout, RankShare
 from stillframe.sketch import Sketch
+from stillframe.wrappers import unwrapped_module, without_wrappers
 
 # In the order in which safetensors puts tensors into a file (its Dtype enum, descending).
 SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = {
@@ -59,38 +59,46 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors refuses to read a longer one
 class HuggingFacePlan:
     """A layout, this rank's share of it, and the model's own tensors that the snapshot copies from, by name.
 
-    `config_dtype` is the model's dtype in the files, as config.json says it. `items`, `sources` and `holdings` are what
+    `config_dtype` is the model's dtype in the files, as config.json says it; None for a module that is no
+    PreTrainedModel and has no config. `items`, `sources` and `holdings` are what
     the share was made of, for a save that shares it out otherwise (`together`).
     """
 
     layout: Layout
     share: RankShare
     tensors: Mapping[str, torch.Tensor]
-    config_dtype: torch.dtype
+    config_dtype: torch.dtype | None
     items: Sequence[PlacedItem]
     sources: Sequence[str]
     holdings: Mapping[str, Holding]
 
 
 def plan_huggingface(
-    model: PreTrainedModel,
+    model: nn.Module,
     *,
     max_shard_bytes: int,
     rank: int,
     world_size: int,
     plan_id: int,
     cast: Cast | None = None,
+    key_mapping: KeyMapping | None = None,
 ) -> HuggingFacePlan:
     """Lay `model` out as a Hugging Face directory and find this rank's share. No communication, no data is read.
 
-    `cast` None saves every tensor in the dtype that it has.
+    `cast` None saves every tensor in the dtype that it has. `key_mapping` renames keys after Transformers' conversions.
 
     Raises LayoutError (UnsupportedModel, UnsupportedPlacement, CoverageError) naming the model or tensor.
     """
-    refuse_unsupported(model)
-    with _without_collections():
+    with without_wrappers(model), _without_collections():
+        refuse_unsupported(model)
         return _plan(
-            model, max_shard_bytes=max_shard_bytes, rank=rank, world_size=world_size, plan_id=plan_id, cast=cast
+            model,
+            max_shard_bytes=max_shard_bytes,
+            rank=rank,
+            world_size=world_size,
+            plan_id=plan_id,
+            cast=cast,
+            key_mapping=key_mapping,
         )
 
 
@@ -108,13 +116,20 @@ def _without_collections() -> Iterator[None]:
 
 
 def _plan(
-    model: PreTrainedModel, *, max_shard_bytes: int, rank: int, world_size: int, plan_id: int, cast: Cast | None
+    model: nn.Module,
+    *,
+    max_shard_bytes: int,
+    rank: int,
+    world_size: int,
+    plan_id: int,
+    cast: Cast | None,
+    key_mapping: KeyMapping | None,
 ) -> HuggingFacePlan:
     tensors = runtime_tensors(model)
-    key_map = save_keys(model, tensors)
+    key_map = save_keys(model, tensors, key_mapping)
     if cast is not None:
         key_map = cast_keys(model, tensors, key_map, cast)
-    parameters = {id(p) for p in model.parameters()}
+    parameters = {id(p): p for p in model.parameters()}
     held = Holdings(rank=rank, world_size=world_size)
     holdings = {name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()}
     layout, items = lay_out(
@@ -122,13 +137,15 @@ def _plan(
         holdings,
         source_dtypes=[tensors[name].dtype for name in key_map.sources],
         max_shard_bytes=max_shard_bytes,
-        total_parameters=model.num_parameters(),
+        total_parameters=sum(p.numel() for p in parameters.values()),
         world_size=world_size,
     )
     described = [(n, f"{tuple(t.shape)} {t.dtype} {holdings[n].signature}") for n, t in tensors.items()]
     layout = replace(layout, sketch=Sketch.of(described))
     share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
-    config_dtype = model.dtype if cast is None else saved_dtype(model, tensors, key_map)
+    config_dtype = None
+    if isinstance(model, PreTrainedModel):
+        config_dtype = model.dtype if cast is None else saved_dtype(model, tensors, key_map)
     return HuggingFacePlan(
         layout=layout,
         share=share,
@@ -140,27 +157,19 @@ def _plan(
     )
 
 
-def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The model inside of DDP and `torch.compile` wrappers. Raises UnsupportedModel if it is no PreTrainedModel."""
+def unwrapped(model: nn.Module, *, any_module: bool = False) -> nn.Module:
+    """The model inside of its outermost wrappers. Raises UnsupportedModel if it must be a PreTrainedModel and is none:
+    only with a key mapping may it be any module."""
     inner = unwrapped_module(model)
-    if not isinstance(inner, PreTrainedModel):
+    if not any_module and not isinstance(inner, PreTrainedModel):
         raise UnsupportedModel(
-            f"{type(inner).__name__} is not a transformers PreTrainedModel; only those have a Hugging Face "
-            "directory to save to and load from"
+            f"{type(inner).__name__} is not a transformers PreTrainedModel, which would say how its files look; "
+            "key_mapping={} saves and loads any module under its own names, and its rules rename them"
         )
     return inner
 
 
-def unwrapped_module(model: nn.Module) -> nn.Module:
-    """The module inside of DDP and `torch.compile` wrappers."""
-    inner: Any = model
-    while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
-        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
-    module: nn.Module = inner
-    return module
-
-
-def refuse_unsupported(model: PreTrainedModel) -> None:
+def refuse_unsupported(model: nn.Module) -> None:
     """Raise UnsupportedModel for models whose save is not made of their own tensors."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModel(f"{type(model).__name__} is quantized; export the model that it was made from")
@@ -280,6 +289,8 @@ def _dtype_rank(key: Key) -> int:
 
 
 def _utf8(name: str) -> bytes:
+    if name == "__metadata__":
+        raise UnsupportedModel(f"{name!r} is no name for a tensor: safetensors keeps it for itself; rename the tensor")
     try:
         return name.encode()
     except UnicodeEncodeError as error:

@@ -31,6 +31,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import _get_tied_weight_keys
 
 from stillframe.errors import UnsupportedModel
+from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.runs import Runs, coalesce, compose, overlap, strided
 
 _MAX_SINGLE_ELEMENTS = 1 << 22  # 128 MiB of runs
@@ -60,14 +61,16 @@ class KeyMap:
     keys: tuple[Key, ...]
 
 
-def runtime_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def runtime_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors that `save_pretrained` would save, as the model's own objects, in `state_dict` order.
 
     Names in `_keys_to_ignore_on_save` and all but one name of tied weights are left out, by the rules of
-    transformers' `remove_tied_weights_from_state_dict`. Raises UnsupportedModel for entries that are no tensors.
+    transformers' `remove_tied_weights_from_state_dict`. A module that is no PreTrainedModel declares no ties: there the
+    first of the names in their order is kept, as safetensors' `save_model` does. Raises UnsupportedModel for entries
+    that are no tensors.
     """
     state = model.state_dict(keep_vars=True)
-    for name in model._keys_to_ignore_on_save or ():
+    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
@@ -77,7 +80,7 @@ def runtime_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return _without_tied(model, state)
 
 
-def _without_tied(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _without_tied(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Keep one name of each group that is one tensor; refuse tensors that overlap without being the same."""
     storages: dict[Hashable, dict[Hashable, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, tensor in state.items():
@@ -87,7 +90,10 @@ def _without_tied(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dic
     dropped: set[str] = set()
     for extents in storages.values():
         for names in extents.values():
-            tied = [n for n in sorted(names) if any(re.search(p, n) for p in patterns)]
+            if isinstance(model, PreTrainedModel):
+                tied = [n for n in sorted(names) if any(re.search(p, n) for p in patterns)]
+            else:
+                tied = sorted(names, reverse=True)
             dropped.update(tied[: len(names) - 1])  # when every name is declared as tied, the last one stays
             kept = [n for n in names if n not in dropped]
             if len(kept) > 1:
@@ -108,7 +114,7 @@ def address(tensor: torch.Tensor) -> tuple[Hashable, Hashable]:
     return storage, (local.data_ptr(), local.numel(), tuple(local.stride()))
 
 
-def _refuse_partial_overlap(model: PreTrainedModel, state: dict[str, torch.Tensor], names: list[str]) -> None:
+def _refuse_partial_overlap(model: nn.Module, state: dict[str, torch.Tensor], names: list[str]) -> None:
     spans = []
     for name in names if len(names) > 1 else ():
         tensor = state[name]
@@ -121,23 +127,30 @@ def _refuse_partial_overlap(model: PreTrainedModel, state: dict[str, torch.Tenso
             raise UnsupportedModel(f"{type(model).__name__}: {name} and {other} overlap in memory but are not the same")
 
 
-def save_keys(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> KeyMap:
+def save_keys(model: nn.Module, tensors: Mapping[str, torch.Tensor], key_mapping: KeyMapping | None = None) -> KeyMap:
     """The keys that `save_pretrained` of the unsharded `model` writes, as runs over `tensors` (`runtime_tensors`).
 
+    For a module that is no PreTrainedModel these are its own names. `key_mapping` renames the keys at the end.
+
     Depends on names, shapes and dtypes only; no data is read. Raises UnsupportedModel, naming the keys, where
-    a conversion is more than renames, slices and concatenations, or loses a part of a tensor.
+    a conversion is more than renames, slices and concatenations, or loses a part of a tensor, or the mapping a key.
     """
     tracer = Tracer(_on_meta(tensors))
     with unsharded_classes(model):
-        converted = tracer.run(lambda state: revert_weight_conversion(model, state))
+        converted = tracer.run(
+            (lambda state: revert_weight_conversion(model, state))
+            if isinstance(model, PreTrainedModel)
+            else (lambda state: state)
+        )
     storages: dict[int, int] = {}
+    named = (key_mapping or KeyMapping(rules=())).keys_of(converted)
     keys = []
     for (name, tensor), runs in zip(converted.items(), tracer.runs_of_each(converted), strict=True):
         storage = tensor.untyped_storage()
         block_bytes = storage.nbytes()
         keys.append(
             Key(
-                name=name,
+                name=named[name],
                 dtype=tensor.dtype,
                 shape=tuple(tensor.shape),
                 runs=runs,
@@ -149,7 +162,7 @@ def save_keys(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> Ke
     return KeyMap(sources=tuple(tensors), keys=tuple(keys))
 
 
-def _refuse_losses(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], keys: Sequence[Key]) -> None:
+def _refuse_losses(model: nn.Module, tensors: Mapping[str, torch.Tensor], keys: Sequence[Key]) -> None:
     """Raise UnsupportedModel unless every element is in exactly one key.
 
     Transformers does not see to that: of two tensors that its renamings give one name, it saves the first.

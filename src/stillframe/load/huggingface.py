@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from stillframe.errors import ModelMismatch, UnsupportedModel
 from stillframe.layout.huggingface import unwrapped
 from stillframe.layout.placement import Holding
+from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.runs import Runs, overlap
 from stillframe.load.directory import WeightFile, open_weights
 from stillframe.load.folder import listed
@@ -22,6 +22,8 @@ from stillframe.load.keys import load_keys
 from stillframe.load.local import local_part, local_runs, own_holdings
 from stillframe.load.matching import Match, Target, match
 from stillframe.load.reading import Reader
+from stillframe.options import key_rules
+from stillframe.wrappers import without_wrappers
 
 _COMPARED_ELEMENTS = 1 << 22
 
@@ -39,13 +41,23 @@ class LoadReport:
     unexpected: tuple[str, ...]
 
 
-def load_hf(directory: str | os.PathLike[str], model: nn.Module, *, strict: bool = True) -> LoadReport:
+def load_hf(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    strict: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
+) -> LoadReport:
     """Load the weights of a Hugging Face directory into `model`, in place; blocks until they are there.
 
     `directory` holds `model.safetensors`, or an index and its shards, in any form that Transformers loads for this
     model: written by stillframe, by `save_pretrained`, or from the Hub; experts fused or apart. `model` is a
     Transformers model: plain, wrapped in DistributedDataParallel, or sharded by `fully_shard` or as DTensors in any way
     that stillframe can save. Neither number nor kind of ranks need be those of the save.
+
+    `key_mapping` is the one that the export was made with, as the Checkpointer takes it: from the module's names, or
+    the keys that Transformers gives them, to those of the files. With one, {} included, `model` may be any module. What
+    was renamed is read in the forms in which this model has it or would itself be saved, and in no other.
 
     Each rank reads only the bytes that it holds (of a transposed tensor, such as the experts of Qwen3-VL-MoE in the
     Hub's layout: the matrices that it holds any part of). Extra memory is 16 MiB, plus one such matrix, plus a copy of
@@ -60,14 +72,18 @@ def load_hf(directory: str | os.PathLike[str], model: nn.Module, *, strict: bool
     load, `model.init_weights()` initialises what no file holds, such as rotary frequencies, and nothing else: what was
     loaded is marked (`_is_hf_initialized`) as `from_pretrained` marks it.
 
-    Raises NotACheckpoint or CorruptCheckpoint for the directory, UnsupportedModel or UnsupportedPlacement for the
-    model, ModelMismatch with all missing and unexpected keys, wrong shapes and dtypes at once. All of these come before
-    anything is written to the model. `strict=False` allows missing and unexpected keys. LoadError or
-    CorruptCheckpoint while reading (an I/O error, a file cut short meanwhile) leaves the model partly loaded.
+    Raises OptionError for a bad `key_mapping`, NotACheckpoint or CorruptCheckpoint for the directory, UnsupportedModel
+    or UnsupportedPlacement for the model, ModelMismatch with all missing and unexpected keys, wrong shapes and dtypes
+    at once. All of these come before anything is written to the model. `strict=False` allows missing and unexpected
+    keys. LoadError or CorruptCheckpoint while reading (an I/O error, a file cut short meanwhile) leaves the model
+    partly loaded.
     """
-    inner = _loadable(unwrapped(model))
+    rules = key_rules(key_mapping)
+    inner = _loadable(unwrapped(model, any_module=rules is not None))
+    mapping = None if rules is None else KeyMapping(rules=rules)
     with open_weights(Path(directory)) as files:
-        found, reader = _plan(Path(directory), files, inner, strict)
+        with without_wrappers(inner):
+            found, reader = _plan(Path(directory), files, inner, strict, mapping)
         holdings = own_holdings()
         # A buffer, too, is held by every rank: each must get its values.
         held = {t.name: holdings.of(t.name, t.tensor, is_parameter=True) for t in found.targets}
@@ -82,8 +98,8 @@ def load_hf(directory: str | os.PathLike[str], model: nn.Module, *, strict: bool
     return LoadReport(bytes_read=reader.bytes_read, missing=found.missing, unexpected=found.unexpected)
 
 
-def _loadable(model: PreTrainedModel) -> PreTrainedModel:
-    """The Transformers model inside, of a kind whose weights can be replaced."""
+def _loadable(model: nn.Module) -> nn.Module:
+    """`model`, if it is of a kind whose weights can be replaced."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModel(f"{type(model).__name__} is quantized; load the weights before it is quantized")
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -91,7 +107,9 @@ def _loadable(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _plan(directory: Path, files: Sequence[WeightFile], model: PreTrainedModel, strict: bool) -> tuple[Match, Reader]:
+def _plan(
+    directory: Path, files: Sequence[WeightFile], model: nn.Module, strict: bool, mapping: KeyMapping | None
+) -> tuple[Match, Reader]:
     state = model.state_dict(keep_vars=True)  # also shards what an evaluation left gathered by FSDP
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if strange:
@@ -104,7 +122,7 @@ def _plan(directory: Path, files: Sequence[WeightFile], model: PreTrainedModel, 
             "after the load"
         )
     stored = {tensor.name: tensor for file in files for tensor in file.tensors}
-    keys = load_keys(model, state, stored)
+    keys = load_keys(model, state, stored, mapping)
     found = match(model, state, keys, stored)
     differences = found.differences(strict=strict)
     if differences:

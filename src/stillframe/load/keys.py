@@ -14,9 +14,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -27,7 +28,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from stillframe.layout.keys import Tracer, is_scattered, unsharded_classes
+from stillframe.layout.keys import Tracer, is_scattered, runtime_tensors, save_keys, unsharded_classes
+from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.runs import Runs
 from stillframe.load.safetensors import StoredTensor
 
@@ -63,12 +65,77 @@ class LoadKeys:
     unfit: Mapping[str, str]
 
 
-def load_keys(model: PreTrainedModel, state: dict[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> LoadKeys:
+def load_keys(
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    stored: Mapping[str, StoredTensor],
+    key_mapping: KeyMapping | None = None,
+) -> LoadKeys:
     """What `stored`, by key, makes of `model`, whose `state_dict` is `state`. Reads no data.
 
-    Shapes are global ones, however the model is sharded. Raises UnsupportedModel, naming the tensor, where
-    a conversion is more than renames, slices, concatenations and transposes.
+    Shapes are global ones, however the model is sharded. `key_mapping` is the one that the keys were saved with. Raises
+    UnsupportedModel, naming the tensor, where a conversion is more than renames, slices, concatenations and transposes.
     """
+    if key_mapping is None:
+        return _unmapped_keys(model, state, stored)
+    names = _names_before(model, state, key_mapping)
+    # A key may look like a name that the mapping gives another key; it is not the one that is meant.
+    taken = set(names.values())
+    astray = {key: (key,) for key in stored if key not in names and key in taken}
+    keys = _unmapped_keys(model, state, {names.get(key, key): stored[key] for key in stored if key not in astray})
+    key_of = {names.get(key, key): key for key in stored if key not in astray}
+    return replace(
+        keys,
+        sources=tuple(replace(source, key=key_of[source.key]) for source in keys.sources),
+        unexpected=dict(sorted({**{key_of[key]: to for key, to in keys.unexpected.items()}, **astray}.items())),
+    )
+
+
+def _names_before(model: nn.Module, state: Mapping[str, torch.Tensor], key_mapping: KeyMapping) -> dict[str, str]:
+    """Key that a save of `model` gives -> the key that it would have without the mapping.
+
+    The names in the model itself are known too, where their keys are nobody else's: a save writes one name of a tied
+    tensor, and experts may be stored as the model has them.
+    """
+    saved = [key.name for key in save_keys(model, runtime_tensors(model)).keys]
+    names = {key: name for name, key in key_mapping.keys_of(saved).items()}
+    for name in state:
+        names.setdefault(key_mapping.key_of(name), name)
+    return names
+
+
+def _unmapped_keys(model: nn.Module, state: dict[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> LoadKeys:
+    if isinstance(model, PreTrainedModel):
+        return _converted_keys(model, state, stored)
+    return _own_keys(state, stored)
+
+
+def _own_keys(state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> LoadKeys:
+    """What keys make of a module that has no conversions: each is a tensor of that name, or nothing."""
+    tensors = {}
+    unfit = {}
+    for index, (name, tensor) in enumerate(stored.items()):
+        if name in state and tensor.shape != tuple(state[name].shape):
+            unfit[name] = _other_shape(tensor.shape, state[name].shape)
+        elif name in state:
+            size = math.prod(tensor.shape)
+            tensors[name] = Runs.of([(0, index, 0, size)] if size else [])
+    return LoadKeys(
+        sources=tuple(Source(key=key) for key in stored),
+        tensors=tensors,
+        unexpected={key: (key,) for key in stored if key not in state},
+        unfit=unfit,
+    )
+
+
+def _other_shape(stored: Sequence[int], wanted: Sequence[int]) -> str:
+    return f"has shape {tuple(stored)} in the files, {tuple(wanted)} in the model"
+
+
+def _converted_keys(
+    model: PreTrainedModel, state: dict[str, torch.Tensor], stored: Mapping[str, StoredTensor]
+) -> LoadKeys:
+    """What keys make of a Transformers model, by its own conversions."""
     with unsharded_classes(model):
         groups, unexpected, unfit = _assign(model, state, stored)
         twins = {
@@ -84,7 +151,7 @@ def load_keys(model: PreTrainedModel, state: dict[str, torch.Tensor], stored: Ma
         if name not in state:
             unfit[name] = "the stored keys convert to it, but the model has no such tensor"
         elif tensor.shape != state[name].shape:
-            unfit[name] = f"has shape {tuple(tensor.shape)} in the files, {tuple(state[name].shape)} in the model"
+            unfit[name] = _other_shape(tensor.shape, state[name].shape)
         else:
             tensors[name] = tracer.runs_of(name, tensor)
             assert tensors[name].covers(tensor.numel()), name

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from stillframe.layout.keys import address
@@ -57,7 +58,7 @@ class Match:
 
 
 def match(
-    model: PreTrainedModel, state: Mapping[str, torch.Tensor], keys: LoadKeys, stored: Mapping[str, StoredTensor]
+    model: nn.Module, state: Mapping[str, torch.Tensor], keys: LoadKeys, stored: Mapping[str, StoredTensor]
 ) -> Match:
     """Find for every tensor in `state`, the model's `state_dict`, what it is loaded from.
 
@@ -96,7 +97,7 @@ def _tied_in_memory(state: Mapping[str, torch.Tensor]) -> list[list[str]]:
 
 
 def _declared_ties(
-    model: PreTrainedModel, names: list[str], state: Mapping[str, torch.Tensor], keys: LoadKeys
+    model: nn.Module, names: list[str], state: Mapping[str, torch.Tensor], keys: LoadKeys
 ) -> Iterator[str]:
     """A name that Transformers ties to one of `names` and that is in the files, where the model lost the tie itself.
 
@@ -123,9 +124,11 @@ def _dtype_problem(keys: LoadKeys, stored: Mapping[str, StoredTensor], name: str
 
 
 def _counted_by_transformers(
-    model: PreTrainedModel, missing: list[list[str]], keys: LoadKeys
+    model: nn.Module, missing: list[list[str]], keys: LoadKeys
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The missing names and unexpected keys that `from_pretrained` would report for this model."""
+    """The missing names and unexpected keys that `from_pretrained` would report for this model; of any other: all."""
+    if not isinstance(model, PreTrainedModel):
+        return tuple(names[0] for names in missing), tuple(keys.unexpected)
     info = SimpleNamespace(
         missing_keys={name for names in missing for name in names} - set(model._keys_to_ignore_on_save or ()),
         unexpected_keys={name for names in keys.unexpected.values() for name in names},

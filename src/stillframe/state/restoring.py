@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from stillframe.errors import ModelMismatch
-from stillframe.state.tensors import MODEL, OPTIMIZER, clean_name, parameter_names, tree_of
+from stillframe.state.tensors import MODEL, OPTIMIZER, parameter_names, tree_of
 from stillframe.tree import KeyPath
+from stillframe.wrappers import clean_name
 
 
 class Stored(Protocol):

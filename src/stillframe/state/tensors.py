@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 from stillframe.errors import UnsupportedModel
 from stillframe.state.objects import refuse_unsafe
 from stillframe.tree import StateTree
+from stillframe.wrappers import clean_name
 
 MODEL = "model"
 OPTIMIZER = "optimizer"
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -85,11 +85,6 @@ def _refuse_shared_elements(key: str, tensor: torch.Tensor) -> None:
 def parameter_names(model: nn.Module) -> dict[int, str]:
     """id of each parameter -> the first of its names, without those of wrappers."""
     return {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
-
-
-def clean_name(name: str) -> str:
-    """A name in the model without the parts that `torch.compile` and activation checkpointing put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _by_clean_name(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,6 +143,13 @@ def test_a_name_that_is_no_unicode_is_refused() -> None:
         _plan(model)
 
 
+def test_a_name_that_safetensors_keeps_for_itself_is_refused() -> None:
+    model = tiny_qwen3()
+    model.register_buffer("__metadata__", torch.zeros(4))
+    with pytest.raises(UnsupportedModel, match="'__metadata__' is no name for a tensor"):
+        _plan(model)
+
+
 def test_models_that_cannot_be_exported_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedModel, match="Linear is not a transformers PreTrainedModel"):
         unwrapped(nn.Linear(2, 2))

@@ -7,19 +7,22 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import PreTrainedModel, Tipsv2TextConfig, Tipsv2TextModel, conversion_mapping
 from transformers.core_model_loading import Chunk, PermuteForRope, WeightConverter
 
 import stillframe
-from stillframe.errors import CorruptCheckpoint, ModelMismatch, NotACheckpoint, UnsupportedModel
+from stillframe.errors import CorruptCheckpoint, ModelMismatch, NotACheckpoint, OptionError, UnsupportedModel
 from stillframe.load.keys import Permutation, load_keys
 from stillframe.load.safetensors import StoredTensor
 from stillframe.testing.models import tiny_batch, tiny_qwen3, tiny_qwen3_moe, tiny_qwen3_vl_moe
+from stillframe.wrappers import clean_name
 
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     "qwen3 tied": tiny_qwen3,
@@ -497,10 +500,88 @@ def test_a_name_that_only_looks_like_an_old_one_is_not_renamed(tmp_path: Path) -
     assert_same(values(model), values(saved))
 
 
-def test_modules_that_are_no_transformers_model_are_refused(tmp_path: Path) -> None:
+def test_modules_that_are_no_transformers_model_are_refused_without_a_mapping(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
-    with unchanged(model), pytest.raises(UnsupportedModel, match="Linear is not a transformers PreTrainedModel"):
+    refusal = r"Linear is not a transformers PreTrainedModel.*key_mapping=\{\}"
+    with unchanged(model), pytest.raises(UnsupportedModel, match=refusal):
         stillframe.load_hf(tmp_path, model)
+
+
+def tied_linears() -> nn.Module:
+    model = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 3)})
+    model["b"].weight = model["a"].weight
+    return model
+
+
+def stored(directory: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    save_file(tensors, directory / WEIGHTS)
+    return directory
+
+
+def test_all_differences_from_any_module_are_listed_at_once(tmp_path: Path) -> None:
+    tensors = {"c.bias": torch.zeros(3), "a.bias": torch.ones(3), "c.weight": torch.zeros(2, 3), "d": torch.ones(1)}
+    model = tied_linears()
+    with unchanged(model), pytest.raises(ModelMismatch) as caught:
+        stillframe.load_hf(stored(tmp_path, tensors), model, key_mapping={"^a": "c"})
+    # The mapping has another place for a.bias than the one that the file has.
+    assert "1 tensors of the model are not in the files: b.bias" in str(caught.value)
+    assert "2 keys in the files are unknown to the model: a.bias, d" in str(caught.value)
+    assert "a.weight has shape (2, 3) in the files, (3, 2) in the model" in str(caught.value)
+    assert torch.equal(model["a"].weight, model["b"].weight)
+
+
+@pytest.mark.parametrize("names", [["c.weight"], ["b.weight"], ["b.weight", "c.weight"]])
+def test_a_tied_weight_of_any_module_is_loaded_from_either_name_or_from_both(names: list[str], tmp_path: Path) -> None:
+    biases = {"c.bias": torch.zeros(3), "b.bias": torch.ones(3)}
+    weight = torch.arange(6.0).reshape(3, 2)
+    model = tied_linears()
+    stillframe.load_hf(
+        stored(tmp_path, biases | {name: weight.clone() for name in names}), model, key_mapping={"^a": "c"}
+    )
+    assert model["a"].weight is model["b"].weight
+    assert torch.equal(model["a"].weight, weight)
+    assert torch.equal(model["b"].bias, biases["b.bias"])
+
+
+def test_a_tied_weight_of_any_module_stored_with_two_values_is_refused(tmp_path: Path) -> None:
+    biases = {"a.bias": torch.zeros(3), "b.bias": torch.ones(3)}
+    both = {"a.weight": torch.zeros(3, 2), "b.weight": torch.ones(3, 2)}
+    model = tied_linears()
+    with unchanged(model), pytest.raises(ModelMismatch, match=r"a\.weight and b\.weight are one tensor in the model"):
+        stillframe.load_hf(stored(tmp_path, biases | both), model, key_mapping={})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mapping_is_undone_before_the_conversions_of_transformers(form: str, tmp_path: Path) -> None:
+    expected = values(moe_in_form(form, tmp_path / "form"))
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace("model.", "decoder.")] = tensors.pop(name)
+
+    edit(tmp_path / "form", rename)
+    model = tiny_qwen3_moe(seed=2)
+    stillframe.load_hf(tmp_path / "form", model, key_mapping={r"^model\.": "decoder."})
+    assert_same(values(model), expected)
+    with pytest.raises(ModelMismatch, match="keys in the files are unknown to the model: decoder"):
+        stillframe.load_hf(tmp_path / "form", model)
+
+
+def test_a_mapping_that_is_none_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"key_mapping has '\(': 'x', which re\.sub refuses"):
+        stillframe.load_hf(tmp_path / "absent", nn.Linear(2, 2), key_mapping={"(": "x"})
+
+
+def test_wrappers_inside_a_model_make_no_difference(tmp_path: Path) -> None:
+    saved, model = tiny_qwen3_vl_moe(seed=1), tiny_qwen3_vl_moe(seed=2)
+    saved.save_pretrained(tmp_path)
+    edit(tmp_path, to_hub_layout)
+    stillframe.load_hf(tmp_path, model)
+    wrapped: Any = tiny_qwen3_vl_moe(seed=3)
+    wrapped.model.visual = torch.compile(wrapped.model.visual, backend="eager")
+    wrapped.model.language_model.layers[1] = checkpoint_wrapper(wrapped.model.language_model.layers[1])
+    stillframe.load_hf(tmp_path, wrapped)
+    assert_same({clean_name(name): tensor for name, tensor in values(wrapped).items()}, values(model))
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "50KB"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -39,6 +40,14 @@ def test_a_new_file_must_be_new(directory: OpenDirectory, tmp_path: Path) -> Non
         directory.write_new("a.txt", b"second")
     assert caught.value.file_name == "a.txt"
     assert (tmp_path / "a.txt").read_bytes() == b"first"
+
+
+def test_a_file_that_others_write_too_is_open_for_writing_only(directory: OpenDirectory) -> None:
+    fd = directory.open_shared("shared")
+    try:
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+    finally:
+        os.close(fd)
 
 
 def test_a_replaced_file_is_whole_and_leaves_nothing_beside_it(directory: OpenDirectory, tmp_path: Path) -> None:

@@ -186,5 +186,23 @@ def test_no_descriptor_and_no_thread_is_left(tmp_path: Path, method: WriteMethod
     assert (count_own_descriptors(), threading.active_count()) == before
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_files_are_open_for_writing_only(tmp_path: Path, direct: bool) -> None:
+    """With a descriptor that could read, an NFS client reads and rewrites whole pages, which hold others' bytes too."""
+    access: dict[str, set[int]] = {}
+
+    def look(_: int) -> None:
+        for link in Path("/proc/self/fd").iterdir():
+            target = Path(os.path.realpath(link))
+            if target.parent == tmp_path:
+                flags = int(Path(f"/proc/self/fdinfo/{link.name}").read_text().split("flags:")[1].split()[0], 8)
+                access.setdefault(target.name, set()).add(flags & os.O_ACCMODE)
+
+    files, arena = cut_whole_files({"large": os.urandom(2 << 20), "small": b"1"})
+    with SharedArena(arena) as shared:
+        write(tmp_path, shared.view, files, method=WriteMethod(threads=1, direct=direct), on_progress=look)
+    assert access == {"large": {os.O_WRONLY}, "small": {os.O_WRONLY}}
+
+
 def test_the_checksum_is_the_published_one() -> None:
     assert crc64nvme(b"123456789") == 0xAE8B14860A799888
