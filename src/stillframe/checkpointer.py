@@ -40,7 +40,7 @@ from stillframe.frames import Frames, What
 from stillframe.layout.casting import Cast
 from stillframe.layout.huggingface import unwrapped
 from stillframe.layout.renaming import KeyMapping
-from stillframe.names import CHECKPOINT_PART, EXPORT_PART, KINDS, TOGETHER, published_path
+from stillframe.names import CHECKPOINT_PART, EXPORT_PART, KINDS, TOGETHER, latest_path, published_path
 from stillframe.options import CheckpointerOptions, checked_metrics, key_rules, run_directory
 from stillframe.policies import RetentionPolicy
 from stillframe.records import Layout, Recovered
@@ -460,6 +460,9 @@ class Checkpointer:
         set_aside(damaged, self._ballot.attempt)
         for kind in KINDS if damaged else ():
             point_to_newest(self._options.run_dir, kind, self._ballot.attempt)
+            link = latest_path(self._options.run_dir, kind)
+            if link.is_symlink() and not link.exists():
+                link.unlink()  # there is none of the kind any more
         origin = published_dir(resumed.path.resolve()).name
         self._history.resumed(origin, step=resumed.step or 0, branch=self._branch)
 

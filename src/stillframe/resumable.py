@@ -24,7 +24,8 @@ from stillframe.state.tensors import WatchedOptimizers, objects_now, tree_of
 class Resumable:
     """Plans model and optimizers as a DCP directory, with the states of `stateful` objects and the random state beside.
 
-    Nothing is planned before the first `plan`: an optimizer has its state only after its first step.
+    Nothing is planned before the first `plan`: an optimizer has its state only after its first step. Raises
+    UnsupportedModel for optimizers that are not the model's.
     """
 
     format = "checkpoint"
@@ -48,6 +49,8 @@ class Resumable:
         self._plan: DistcpPlan | None = None
         self._watched: tuple[Watched, WatchedOptimizers] | None = None
         self._frozen: list[bool] = []
+        if self.optimizers:
+            tree_of(model, self.optimizers, save_frozen=save_frozen)  # what is wrong is better found now than at a save
 
     def plan(self, plan_id: int) -> DistcpPlan:
         """Raises LayoutError where a tensor is distributed in a way that cannot be described exactly."""

@@ -149,7 +149,10 @@ def _candidates(choice: ResumeChoice) -> list[Path]:
     if choice.path is not None:
         return [choice.path]
     listed = list_checkpoints(choice.run_dir, *RESUMABLE)
-    return [*_unlisted(choice.run_dir, {entry.path for entry in listed}), *map(checkpoint_dir, reversed(listed))]
+    newest = listed[-1] if listed else None
+    # Later steps of a branch that was left are no older ones to fall back to.
+    older = [e for e in listed if newest and (e.branch == newest.branch or e.step <= newest.step)]
+    return [*_unlisted(choice.run_dir, {entry.path for entry in listed}), *map(checkpoint_dir, reversed(older))]
 
 
 def _unlisted(run_dir: Path, listed: Collection[Path]) -> list[Path]:
@@ -287,6 +290,9 @@ def _fill(path: Path, choice: ResumeChoice, resumable: Resumable, meeting: Rende
             objects = {k: directory.object(k) for k in sorted(directory.objects) if directory.paths[k][0] == OPTIMIZER}
             optimizers = OptimizerLoad(resumable.model, resumable.optimizers, directory.tensors, directory.paths)
             wanted.append(optimizers.targets)
+        elif OPTIMIZER not in choice.skip and any(p[0] == OPTIMIZER for p in directory.paths.values()):
+            left = (*left, OPTIMIZER)
+            _log.warning("%s has an optimizer's state, and this Checkpointer was made without optimizer=", path)
         targets = {key: tensor for part in wanted for key, tensor in part.tensors.items()}
         _refuse_differences(directory, targets, wanted)
         if optimizers is not None:
@@ -369,6 +375,10 @@ def _rank_states(
     states, left = choose_states(
         of_ranks, rank=meeting.rank, world_size=meeting.world_size, names=names, own=own, reset=choice.reset
     )
+    unknown = sorted(of_ranks[0 if not same else meeting.rank].keys() - set(names) - choice.skip - {RNG})
+    if unknown:
+        left = (*left, *unknown)
+        _log.warning("%s has the state of %s, which this Checkpointer was made without", directory.path, unknown)
     absent = [name for name in names if name not in states and name not in left]
     if absent:
         raise ModelMismatch(

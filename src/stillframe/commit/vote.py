@@ -228,7 +228,7 @@ class Ballot:
 
     def _raise_failures(self, votes: dict[int, Vote], sketch: Sketch | None) -> None:
         failures = [
-            replace(vote.failure, reason=vote.failure.reason + _difference(vote, sketch))
+            replace(vote.failure, reason=vote.failure.reason + _difference(vote, self._step, sketch))
             for _, vote in sorted(votes.items())
             if vote.failure is not None
         ]
@@ -262,20 +262,27 @@ class Ballot:
         for rank, vote in sorted(votes.items()):
             reason = _disagreement(vote, step=own.step, layout_digest=own.layout_digest)
             if reason is not None:
-                reason += _difference(vote, sketch)
+                reason += _difference(vote, self._step, sketch)
                 raise SaveFailed(reason, step=self._step, rank=rank, stage="vote", path=self._path)
 
 
 def _disagreement(vote: Vote, *, step: int | None, layout_digest: str) -> str | None:
     """What keeps `vote` from being one on rank 0's save, of `step` and `layout_digest`."""
     if vote.step != step:
-        return f"rank {vote.rank} saves step {vote.step} while rank 0 saves step {step}"
+        return (
+            f"rank {vote.rank} saves step {vote.step} while rank 0 saves step {step}; every rank must call every save"
+        )
     if vote.layout_digest != layout_digest:
         return f"rank {vote.rank} has another layout than rank 0: do the ranks hold the same model?"
     return None
 
 
-def _difference(vote: Vote, sketch: Sketch | None) -> str:
-    """What there is to add to a disagreement: where the layout of `vote` differs from rank 0's, with `sketch`."""
+def _difference(vote: Vote, step: int | None, sketch: Sketch | None) -> str:
+    """What there is to add to a disagreement: where the layout of `vote` differs from rank 0's, with `sketch`.
+
+    Of different steps, nothing: they may be saves of different kinds.
+    """
+    if vote.step != step:
+        return ""
     difference = sketch.first_difference(vote.sketch) if sketch is not None and vote.sketch else None
     return "" if difference is None else f" The first tensor that they describe differently: {difference}"
