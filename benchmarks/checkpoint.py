@@ -1,6 +1,6 @@
 """A checkpoint of model and AdamW, more than 3 GiB from 2 ranks: stillframe, `dcp.save`, `dcp.async_save`, the limits.
 
-    .venv/bin/python benchmarks/checkpoint.py [--rounds 5] [--hidden 1536] [--directory DIR]
+    .venv/bin/python benchmarks/checkpoint.py [--rounds 5] [--hidden 1376] [--directory DIR]
 
 Every round does, one after the other on both ranks at once: a memcpy of the rank's own bytes, a bare durable write of
 as many, and a save by each system, from the call to durable, with nothing else running. Ratios are formed within a
@@ -199,7 +199,7 @@ def make_training(hidden: int) -> Any:
 
 def measure(directory: Path, rounds: int, hidden: int) -> tuple[int, list[Round]]:
     training = make_training(hidden)
-    copy = WarmCopy(training.own_tensors())
+    copy = WarmCopy(training.own_tensors(), buffer_bytes=512 << 20)
     bare = BareWrite(directory / f"bare-{dist.get_rank()}", copy.total_bytes)
     copy.seconds()
     bare.seconds()
@@ -280,7 +280,7 @@ def report(found: list[tuple[int, list[Round]]], directory: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--hidden", type=int, default=1536, help="width of the model; 1536 makes 3.4 GiB")
+    parser.add_argument("--hidden", type=int, default=1376, help="width of the model; 1376 makes 3.1 GiB")
     parser.add_argument("--directory", type=Path, default=None, help="where to write; a temporary directory if absent")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stillframe-bench-", dir=arguments.directory) as directory:

@@ -16,13 +16,22 @@ _BUFFER_BYTES = 256 << 20
 
 
 class WarmCopy:
-    """memcpy of tensors into one buffer that is there already: the floor of any snapshot that blocks."""
+    """memcpy of tensors into one buffer that is there already: the floor of any snapshot that blocks.
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._origins = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors]
-        self.total_bytes = sum(len(origin) for origin in self._origins)
-        buffer = torch.zeros(self.total_bytes, dtype=torch.uint8)
-        self._targets = list(buffer.split([len(origin) for origin in self._origins]))
+    With `buffer_bytes` the buffer has that size and is used again and again, where memory is short.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], *, buffer_bytes: int | None = None) -> None:
+        whole = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors]
+        self.total_bytes = sum(map(len, whole))
+        size = buffer_bytes or self.total_bytes
+        self._origins = [part for origin in whole for part in origin.split(size) if len(part)]
+        buffer = torch.zeros(size, dtype=torch.uint8)
+        self._targets, position = [], 0
+        for origin in self._origins:
+            position = position if position + len(origin) <= size else 0
+            self._targets.append(buffer[position : position + len(origin)])
+            position += len(origin)
 
     def seconds(self) -> float:
         begin = time.perf_counter()

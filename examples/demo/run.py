@@ -24,7 +24,7 @@ from typing import Any
 from jobs import HERE, KillInSave, started
 from screen import GREEN, RED, emphasized, paint, print_table, title
 
-TOTAL_STEPS = 60
+TOTAL_STEPS = 40
 SAVE_INTERVAL = 10
 KILL_STEP = 20
 RANKS = 2
@@ -201,10 +201,7 @@ def show_saves(steps: list[dict[str, Any]], saves: list[dict[str, Any]]) -> None
     print(f"one training step: {alone_s:.2f} s", end="")
     print(f"; with a save in flight: {statistics.median(saving):.2f} s\n" if saving else "\n")
     print_table(rows, align="lrrrrrr")
-    print(
-        "A checkpoint and an export of one step are copied together, once, and written one after the other; the first"
-    )
-    print("two also wait for their plan and their memory.")
+    print("A checkpoint and an export of one step are copied together, once, and written one after the other.")
     print("stall: training stood still. written: on disk, synced. published: complete, under its name; after the call.")
 
 
