@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from stillframe.errors import UnsupportedModel
+
 # What wrappers call the one module that they hold: torch's `_dynamo.eval_frame.OptimizedModule`, and
 # `distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper`.
 _WRAPPED_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -24,7 +26,12 @@ def clean_name(name: str) -> str:
 
 
 def unwrapped_module(model: nn.Module) -> nn.Module:
-    """The module inside of DDP, `torch.compile` and activation checkpointing, whichever are outermost."""
+    """The module inside of DDP, `torch.compile` and activation checkpointing, whichever are outermost.
+
+    Raises UnsupportedModel for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel(f"{type(model).__name__} is not a torch.nn.Module, so there is no model to save or load")
     inner: Any = model
     while (held := inner.module if isinstance(inner, DistributedDataParallel) else _held(inner)) is not None:
         inner = held
