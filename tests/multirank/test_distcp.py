@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import stillframe
 from stillframe.layout.distcp import DistcpPlan, plan_distcp
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.copy import Snapshotter
@@ -81,6 +82,24 @@ def _whole(tree: StateTree) -> dict[str, object]:
     return {**whole, **{alias: whole[key] for alias, key in tree.aliases.items()}, **tree.objects}
 
 
+def _publish(directory: Path, how: str) -> None:
+    """Save one case as users do: a checkpoint, and a checkpoint that is published together with an export."""
+    model = CASES[how][1]()
+    optimizer = stepped(model)
+    options = {"model": model, "optimizer": optimizer, "publish_together": True}
+    with stillframe.Checkpointer(directory / "run", **options) as ckpt:
+        checkpoint = ckpt.save(1)
+        together, _ = ckpt.save_both(2)
+    expected = _whole(tree_of(model, optimizer))
+    if dist.get_rank() == 0:
+        for place in (checkpoint, together):
+            reading = directory / place.parent.name if place == together else directory / place.name
+            reading.mkdir()
+            (reading / "checkpoint").symlink_to(place)
+            torch.save(expected, reading / "expected.pt")
+            getattr(model, "module", model).config.save_pretrained(reading)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[tuple[str, int]]]]:
     """A directory with every case saved in it, and what `_save` returned on each rank."""
@@ -90,16 +109,28 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
 
 def test_stock_torch_reads_model_and_optimizer(saved: tuple[Path, dict[str, list[tuple[str, int]]]]) -> None:
     directory, _ = saved
+    _assert_read([directory / how for how in CASES])
+
+
+def test_stock_torch_reads_what_is_published(tmp_path: Path) -> None:
+    run_ranks(3, _publish, tmp_path, "fsdp")
+    _assert_read([tmp_path / "checkpoint-1", tmp_path / "step-2"])
+
+
+def _assert_read(directories: list[Path]) -> None:
+    """Each is read by a process that cannot import stillframe."""
     program = Path(__file__).with_name("read_by_torch.py")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     finished = subprocess.run(
-        [sys.executable, program, *(directory / how for how in CASES)],
+        [sys.executable, program, *directories],
         capture_output=True,
         text=True,
         timeout=150,
         env={**environment, "OMP_NUM_THREADS": "1"},
     )
-    assert (finished.returncode, finished.stdout.splitlines()) == (0, [f"read {how}" for how in CASES]), finished.stderr
+    assert (finished.returncode, finished.stdout.splitlines()) == (0, [f"read {d.name}" for d in directories]), (
+        finished.stderr
+    )
 
 
 @pytest.mark.parametrize("how", CASES)
