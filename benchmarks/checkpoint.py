@@ -6,9 +6,10 @@ Every round does, one after the other on both ranks at once: a memcpy of the ran
 as many, and a save by each system, from the call to durable, with nothing else running. Ratios are formed within a
 round. The first round, in which every system makes what it uses again later, is reported apart.
 
-stall: the call, until training could go on; torch's `get_state_dict` is a part of its users' call. durable: the files
-are fsynced; of stillframe, published. memory: the most that a rank's process and its children used more than before
-the system's first save (PSS, sampled), divided by the rank's bytes.
+stall: the call, until training could go on; torch's `get_state_dict` is a part of its users' call. written: this
+rank's files are fsynced (torch does not say when). durable: all files are; of stillframe, published. memory: the most
+that a rank's process and its children used in two saves more than before them (PSS, sampled), divided by the rank's
+bytes; each system in processes of its own, and apart from the times, because sampling slows the copies.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ _SAMPLE_S = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """One rank's figures of one save: seconds since the call, and the most memory used."""
+    """One rank's figures of one save: seconds since the call."""
 
     stall_s: float
+    written_s: float | None
     durable_s: float
-    memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +63,10 @@ class Training(Protocol):
 
 
 class PeakMemory:
-    """The most that this process and its descendants use while inside, above what they used at the start of all."""
+    """The most that this process and its descendants use while inside, above what they used before."""
 
-    def __init__(self, before_bytes: int) -> None:
-        self._before = before_bytes
+    def __init__(self) -> None:
+        self._before = family_bytes()
         self._most = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -118,6 +119,9 @@ class Stillframe:
     def save(self, step: int) -> Callable[[], Any]:
         return self._ckpt.async_save(step).result
 
+    def written_s(self) -> float | None:
+        return float(self._ckpt.reports[-1].written_s)
+
     def settle(self) -> None:
         """Wait until superseded checkpoints are gone, which the next save would wait for."""
         while self._ckpt.in_flight is not None:
@@ -151,6 +155,9 @@ class TorchDcp:
         kind = AsyncCheckpointerType.PROCESS if self._how == "process" else AsyncCheckpointerType.THREAD
         future: Any = dcp.async_save(state, checkpoint_id=place, async_checkpointer_type=kind)
         return future.result  # type: ignore[no-any-return]
+
+    def written_s(self) -> float | None:
+        return None
 
     def settle(self) -> None:
         dist.barrier()
@@ -197,22 +204,19 @@ def make_training(hidden: int) -> Any:
     return Made()
 
 
-def measure(directory: Path, rounds: int, hidden: int) -> tuple[int, list[Round]]:
+def make_system(name: str, directory: Path, training: Training) -> Any:
+    if name == "stillframe":
+        return Stillframe(directory, training)
+    return TorchDcp(directory, training, how=name.split()[-1].removeprefix("dcp."))
+
+
+def measure_times(directory: Path, rounds: int, hidden: int) -> tuple[int, list[Round]]:
     training = make_training(hidden)
     copy = WarmCopy(training.own_tensors(), buffer_bytes=512 << 20)
     bare = BareWrite(directory / f"bare-{dist.get_rank()}", copy.total_bytes)
     copy.seconds()
     bare.seconds()
-    makers: dict[str, Callable[[], Any]] = {
-        "stillframe": lambda: Stillframe(directory, training),
-        "dcp.save": lambda: TorchDcp(directory, training, "save"),
-        "dcp.async_save, thread": lambda: TorchDcp(directory, training, "thread"),
-        "dcp.async_save, process": lambda: TorchDcp(directory, training, "process"),
-    }
     systems: dict[str, Any] = {}
-    held: dict[
-        str, int
-    ] = {}  # what a system holds on to between its saves, counted as its own and not as the next one's
     results = []
     for number in range(1 + rounds):
         dist.barrier()
@@ -221,27 +225,35 @@ def measure(directory: Path, rounds: int, hidden: int) -> tuple[int, list[Round]
         bare_write_s = bare.seconds()
         saves = {}
         for name in SYSTEMS:
+            if name not in systems:
+                systems[name] = make_system(name, directory, training)
             dist.barrier()
-            others = family_bytes() - held.get(name, 0)
-            with PeakMemory(others) as memory:
-                if name not in systems:
-                    systems[name] = makers[name]()
-                dist.barrier()
-                begin = time.perf_counter()
-                wait = systems[name].save(number)
-                stall_s = time.perf_counter() - begin
-                wait()
-                durable_s = time.perf_counter() - begin
-            saves[name] = Figures(stall_s=stall_s, durable_s=durable_s, memory_bytes=memory.extra_bytes)
+            begin = time.perf_counter()
+            wait = systems[name].save(number)
+            stall_s = time.perf_counter() - begin
+            wait()
+            durable_s = time.perf_counter() - begin
+            saves[name] = Figures(stall_s=stall_s, written_s=systems[name].written_s(), durable_s=durable_s)
             systems[name].settle()
-            held[name] = max(0, family_bytes() - others)
         results.append(Round(memcpy_s=memcpy_s, bare_write_s=bare_write_s, saves=saves))
     for system in systems.values():
         system.close()
     return copy.total_bytes, results
 
 
-def report(found: list[tuple[int, list[Round]]], directory: Path) -> str:
+def measure_memory(directory: Path, name: str, hidden: int) -> int:
+    training = make_training(hidden)
+    dist.barrier()
+    with PeakMemory() as memory:
+        system = make_system(name, directory, training)
+        for number in range(2):
+            system.save(number)()
+            system.settle()
+        system.close()
+    return memory.extra_bytes
+
+
+def report(found: list[tuple[int, list[Round]]], memory_bytes: dict[str, list[int]], directory: Path) -> str:
     """The table. A save's time is that of its slower rank; a ratio is formed within its round."""
     sizes = [size for size, _ in found]
     rounds = list(zip(*(results for _, results in found), strict=True))
@@ -258,19 +270,20 @@ def report(found: list[tuple[int, list[Round]]], directory: Path) -> str:
         "",
         f"memcpy of the rank's bytes {spread(memcpy)} s; bare write + fsync of as many {spread(bare)} s",
         "",
-        "| system | stall, s | / memcpy | durable, s | / bare write | memory / bytes | first: stall, durable, s |",
-        "|---|---|---|---|---|---|---|",
+        "| system | stall, s | / memcpy | written, s | durable, s | / bare write | memory / bytes "
+        "| first: stall, durable, s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in SYSTEMS:
         stall = [max(rank.saves[name].stall_s for rank in ranks) for ranks in later]
         durable = [max(rank.saves[name].durable_s for rank in ranks) for ranks in later]
-        memory = max(
-            rank.saves[name].memory_bytes / size for ranks in later for rank, size in zip(ranks, sizes, strict=True)
-        )
+        written = [[rank.saves[name].written_s for rank in ranks] for ranks in later]
+        memory = max(extra / size for extra, size in zip(memory_bytes[name], sizes, strict=True))
         apart = [max(getattr(rank.saves[name], field) for rank in first) for field in ("stall_s", "durable_s")]
         lines.append(
             f"| {name} | {spread(stall)} | {spread([s / m for s, m in zip(stall, memcpy, strict=True)], 2)} "
-            f"| {spread(durable, 2)} | {spread([d / b for d, b in zip(durable, bare, strict=True)], 2)} "
+            f"| {'-' if None in written[0] else spread([max(ranks) for ranks in written], 2)} | {spread(durable, 2)} "
+            f"| {spread([d / b for d, b in zip(durable, bare, strict=True)], 2)} "
             f"| {memory:.2f} | {apart[0]:.2f}, {apart[1]:.2f} |"
         )
     rate = sum(sizes) / median(bare) / 1e9
@@ -284,8 +297,14 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=None, help="where to write; a temporary directory if absent")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stillframe-bench-", dir=arguments.directory) as directory:
-        found = run_ranks(WORLD_SIZE, measure, Path(directory), arguments.rounds, arguments.hidden, timeout_s=1500)
-        print(report(found, Path(directory)))
+        path = Path(directory)
+        memory_bytes = {
+            name: run_ranks(WORLD_SIZE, measure_memory, path / "memory" / str(number), name, arguments.hidden)
+            for number, name in enumerate(SYSTEMS)
+        }
+        shutil.rmtree(path / "memory")
+        found = run_ranks(WORLD_SIZE, measure_times, path, arguments.rounds, arguments.hidden, timeout_s=1500)
+        print(report(found, memory_bytes, path))
 
 
 if __name__ == "__main__":
