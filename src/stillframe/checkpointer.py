@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from stillframe import provenance
 from stillframe.catalog.directory import point_to_newest
 from stillframe.catalog.history import History
+from stillframe.commit.exchange import Exchange
 from stillframe.commit.failure import Failure
 from stillframe.commit.rendezvous import meet
 from stillframe.commit.vote import Ballot
@@ -131,6 +132,7 @@ class Checkpointer:
         keep_in_fp32: Sequence[str] = (),
         key_mapping: Mapping[str, str] | None = None,
         save_frozen: bool = True,
+        pipeline: bool = False,
         publish_together: bool = False,
         hf_max_keep: int | None = None,
         checkpoint_maxkeep: int | None = None,
@@ -147,6 +149,7 @@ class Checkpointer:
             keep_in_fp32=(keep_in_fp32,) if isinstance(keep_in_fp32, str) else tuple(keep_in_fp32),
             key_mapping=key_mapping,
             save_frozen=save_frozen,
+            pipeline=pipeline,
             publish_together=publish_together,
             hf_max_keep=hf_max_keep,
             checkpoint_maxkeep=checkpoint_maxkeep,
@@ -168,6 +171,7 @@ class Checkpointer:
         self._branch = ""
         self._meeting = meet(self._options.run_dir, store_host=store_host, timeout_s=save_timeout_s)
         self._ballot = Ballot(self._meeting, step=None, path=self._options.run_dir, timeout_s=save_timeout_s)
+        self._exchange = Exchange(self._meeting, run_dir=self._options.run_dir, timeout_s=save_timeout_s)
         self._at_exit = _exit_handler(weakref.ref(self))
         companions = tuple(companion for companion in (processor, tokenizer) if companion is not None)
         try:
@@ -177,6 +181,7 @@ class Checkpointer:
                 self._meeting,
                 lambda: self._set_up(model, config, companions, optimizers, own),
                 self._begin_history,
+                self._exchange.excuse if pipeline else lambda error: None,
             )
             self._steps = dict(self._started.steps)
         except BaseException:
@@ -284,7 +289,8 @@ class Checkpointer:
         lay it out, enlarge the arena.
 
         Call it once the optimizer has its state, after the first step; `resume` does it for checkpoints. Each rank does
-        its own part, without the others. Blocks while a save is in flight. Raises LayoutError or StillframeError.
+        its own part, without the others; with `pipeline=True` every rank calls it, and they tell each other what they
+        hold. Blocks while a save is in flight. Raises LayoutError or StillframeError.
         """
         frames = self._live_frames()
         whats: list[What] = ["checkpoint"]
@@ -294,6 +300,7 @@ class Checkpointer:
             frames.refuse_unplanned(what)
         self._wait_for_in_flight()
         for what in whats:
+            frames.meet(what)
             frames.prepare(what)
 
     # Going on
@@ -345,6 +352,7 @@ class Checkpointer:
             gone = set(resumed.passed_over)
             for kind, steps in self._steps.items():
                 self._steps[kind] = frozenset(s for s in steps if published_path(choice.run_dir, kind, s) not in gone)
+            frames.meet("checkpoint")
             frames.prepare("checkpoint")  # now that the optimizer has its state, before training begins
         return resumed
 
@@ -418,6 +426,7 @@ class Checkpointer:
         rank, world_size = self._meeting.rank, self._meeting.world_size
         self._versions = provenance.versions()
         self._git_commit = provenance.git_commit() if rank == 0 else None
+        exchange = self._exchange if self._options.pipeline else None
         export = None
         if self._options.hf_export:
             rules = key_rules(self._options.key_mapping)
@@ -430,6 +439,7 @@ class Checkpointer:
                 cast=_cast(self._options),
                 rank=rank,
                 world_size=world_size,
+                exchange=exchange,
             )
         resumable = Resumable(
             unwrapped_module(model),
@@ -438,6 +448,7 @@ class Checkpointer:
             save_frozen=self._options.save_frozen,
             rank=rank,
             world_size=world_size,
+            exchange=exchange,
         )
         self._frames = Frames(export, resumable, rank=rank, world_size=world_size)
         return self._frames.layout
@@ -524,6 +535,7 @@ class Checkpointer:
         failure: Failure | None = None
         checked: dict[str, float] = {}
         try:
+            frames.meet(what, again=False)
             state = b""
             if self._meeting.rank == 0:  # whose are saved
                 state, checked = encode_train_state(step, train_state), checked_metrics(metrics)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from stillframe.commit.exchange import Exchange
 from stillframe.errors import OptionError, UnsupportedModel
 from stillframe.layout.casting import Cast
 from stillframe.layout.companions import render_companion, render_config
+from stillframe.layout.describing import describe_model
 from stillframe.layout.huggingface import HuggingFacePlan, plan_huggingface
 from stillframe.layout.renaming import KeyMapping
 from stillframe.names import MANIFEST_NAME, WORK_DIR_NAME
 from stillframe.records import InlineFile, Layout
 from stillframe.snapshot.copy import Watched
+from stillframe.staged import KnownStages
 
 
 class Export:
@@ -38,7 +42,9 @@ class Export:
         cast: Cast | None,
         rank: int,
         world_size: int,
+        exchange: Exchange | None = None,
     ) -> None:
+        """`exchange`: with the other ranks, where each has a stage of the model."""
         if config is not None and isinstance(model, PreTrainedModel):
             raise OptionError(f"config is for modules that have none; {type(model).__name__} is saved with its own")
         self._model = model
@@ -47,6 +53,10 @@ class Export:
         self._cast = cast
         self._rank = rank
         self._world_size = world_size
+        self._stages = None
+        if exchange is not None:
+            describe = partial(describe_model, model, rank=rank, world_size=world_size)
+            self._stages = KnownStages(exchange, describe)
         self._companion_files: tuple[InlineFile, ...] = ()
         self._plan: HuggingFacePlan | None = None
         self._watched: Watched | None = None
@@ -65,11 +75,17 @@ class Export:
             rank=self._rank,
             world_size=self._world_size,
             plan_id=plan_id,
+            stages=None if self._stages is None else self._stages.now(),
         )
         _refuse_taken_names(plan.layout, self._companion_files)
         self._plan = plan
         self._watched = Watched(self._model, plan.tensors)
         return plan
+
+    def meet(self) -> None:
+        """Where each rank has a stage, exchange what they have; every rank calls this. Blocks until all have."""
+        if self._stages is not None and self._stages.renew():
+            self._watched = None
 
     def settle(self) -> None:
         """Bring the model's tensors into the state in which they are saved."""

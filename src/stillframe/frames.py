@@ -80,11 +80,14 @@ class Frames:
         self._world_size = world_size
         self._plans = 0
         self._stagings: dict[What, _Staging] = {}
+        self._met: set[What] = set()
         self._current: _Staging | None = None
         self._arena: Arena | None = None
         self._writer: WriterClient | None = None
         try:
-            self.prepare("hf" if export is not None else "checkpoint")
+            what: What = "hf" if export is not None else "checkpoint"
+            self._meet(what)
+            self.prepare(what)
         except BaseException:
             self.close()
             raise
@@ -115,6 +118,21 @@ class Frames:
             )
             for name in formats
         )
+
+    def meet(self, what: What, *, again: bool = True) -> None:
+        """Where each rank has a stage of a pipeline, tell each other what is there for `what`; every rank calls this,
+        before it plans. Not `again`: only before the first frame of `what`.
+
+        Blocks until every rank has called it, bounded by the timeout of saves. Raises on all ranks what one raised.
+        """
+        if again or what not in self._met:  # on all ranks alike, as they take the same frames
+            self._meet(what)
+            self._met.add(what)
+
+    def _meet(self, what: What) -> None:
+        for source in self._sources(what):
+            source.settle()
+            source.meet()
 
     def prepare(self, what: What) -> None:
         """Make the plans of `what`, if they are not there or the model has changed, with arena and writer for them.

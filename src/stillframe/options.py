@@ -32,6 +32,8 @@ class CheckpointerOptions:
     hf_max_keep: how many exports are kept, the newest by publication; None and -1 keep all.
     keep_hf: a rule for the same, instead of a number: see `stillframe.policies`.
     checkpoint_maxkeep, keep_checkpoints: likewise for checkpoints to resume from. Of snapshots the newest is kept.
+    pipeline: whether the model of each rank is a stage of a pipeline: a module of the whole model's class and names
+        that lacks what other stages have. False: all ranks must have the same names.
     publish_together: an export and a checkpoint that are saved by one call become one directory `step-<N>`, or neither
         is published. It is kept as long as one of the two rules keeps it.
     save_frozen: False leaves parameters that need no gradient out of checkpoints; to resume then takes a model that
@@ -52,6 +54,7 @@ class CheckpointerOptions:
     keep_hf: RetentionPolicy | None = None
     checkpoint_maxkeep: int | None = None
     keep_checkpoints: RetentionPolicy | None = None
+    pipeline: bool = False
     publish_together: bool = False
     save_frozen: bool = True
     save_timeout_s: float = 7200.0
@@ -72,7 +75,7 @@ class CheckpointerOptions:
             raise OptionError("keep_in_fp32 has no effect without save_dtype; set both or neither")
         if key_rules(self.key_mapping) is not None and self.hf_export is False:
             raise OptionError("key_mapping has no effect with hf_export=False: it names the keys of exports")
-        for name in ("hf_export", "publish_together", "save_frozen"):
+        for name in ("hf_export", "pipeline", "publish_together", "save_frozen"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.publish_together and not self.hf_export:

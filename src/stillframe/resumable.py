@@ -11,14 +11,18 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from stillframe.commit.exchange import Exchange
 from stillframe.errors import CorruptCheckpoint, OptionError
 from stillframe.layout.companions import render_config
+from stillframe.layout.describing import completed_tree, describe_tree, is_members
 from stillframe.layout.distcp import DistcpPlan, plan_distcp
 from stillframe.names import TRAIN_STATE_NAME, rank_state_name
 from stillframe.records import InlineFile
 from stillframe.snapshot.copy import Watched
+from stillframe.staged import KnownStages
 from stillframe.state.objects import Stateful, render_rank_state
 from stillframe.state.tensors import WatchedOptimizers, objects_now, tree_of
+from stillframe.tree import StateTree
 
 
 class Resumable:
@@ -39,7 +43,9 @@ class Resumable:
         save_frozen: bool,
         rank: int,
         world_size: int,
+        exchange: Exchange | None = None,
     ) -> None:
+        """`exchange`: with the other ranks, where each has a stage of the model."""
         self.model = model
         self.optimizers = tuple(optimizers)
         self.stateful = stateful
@@ -49,16 +55,36 @@ class Resumable:
         self._plan: DistcpPlan | None = None
         self._watched: tuple[Watched, WatchedOptimizers] | None = None
         self._frozen: list[bool] = []
+        self._stages = None if exchange is None else KnownStages(exchange, self._described)
+        self._whole: StateTree | None = None
         if self.optimizers:
             tree_of(model, self.optimizers, save_frozen=save_frozen)  # what is wrong is better found now than at a save
 
     def plan(self, plan_id: int) -> DistcpPlan:
         """Raises LayoutError where a tensor is distributed in a way that cannot be described exactly."""
         tree = tree_of(self.model, self.optimizers, save_frozen=self.save_frozen)
-        self._plan = plan_distcp(tree, rank=self._rank, world_size=self._world_size, plan_id=plan_id)
+        stages = None
+        if self._stages is not None:
+            stages = self._stages.now()
+            tree = self._whole = completed_tree(tree, stages)
+        self._plan = plan_distcp(tree, rank=self._rank, world_size=self._world_size, plan_id=plan_id, stages=stages)
         self._watched = (Watched(self.model, tree.tensors), WatchedOptimizers(self.optimizers))
         self._frozen = self._frozen_now()
         return self._plan
+
+    def meet(self) -> None:
+        """Where each rank has a stage, exchange what they have; every rank calls this. Blocks until all have."""
+        if self._stages is not None and self._stages.renew():
+            self._watched = None
+
+    @property
+    def keys_of_others(self) -> frozenset[str]:
+        """The keys of the model that other stages of the pipeline have, as of the last exchange."""
+        return frozenset() if self._stages is None else self._stages.keys_of_others
+
+    def _described(self) -> str:
+        tree = tree_of(self.model, self.optimizers, save_frozen=self.save_frozen)
+        return describe_tree(self.model, tree, rank=self._rank, world_size=self._world_size)
 
     def settle(self) -> None:
         """Bring the model's tensors into the state in which they are saved."""
@@ -89,6 +115,8 @@ class Resumable:
         if isinstance(self.model, PreTrainedModel):
             beside += [f for f in render_config(self.model, self.model.dtype) if f.name == "config.json"]
         objects = objects_now(self.model, self.optimizers)
+        if self._whole is not None:
+            objects |= {key: value for key, value in self._whole.objects.items() if is_members(self._whole.paths[key])}
         return lambda: (*beside, *metadata.render(objects))
 
 

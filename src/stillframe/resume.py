@@ -282,13 +282,22 @@ def _fill(path: Path, choice: ResumeChoice, resumable: Resumable, meeting: Rende
         train_state = {}
         if directory.manifest is not None:
             train_state = decode_train_state(directory.read_checked(TRAIN_STATE_NAME), path / TRAIN_STATE_NAME)
-        model = model_targets(resumable.model, directory.tensors, directory.paths, save_frozen=resumable.save_frozen)
+        of_others = resumable.keys_of_others
+        model = model_targets(
+            resumable.model,
+            directory.tensors,
+            directory.paths,
+            save_frozen=resumable.save_frozen,
+            of_others=of_others,
+        )
         optimizers = None
         objects: dict[str, object] = {}
         wanted = [model]
         if resumable.optimizers and OPTIMIZER not in choice.skip:
             objects = {k: directory.object(k) for k in sorted(directory.objects) if directory.paths[k][0] == OPTIMIZER}
-            optimizers = OptimizerLoad(resumable.model, resumable.optimizers, directory.tensors, directory.paths)
+            optimizers = OptimizerLoad(
+                resumable.model, resumable.optimizers, directory.tensors, directory.paths, of_others=of_others
+            )
             wanted.append(optimizers.targets)
         elif OPTIMIZER not in choice.skip and any(p[0] == OPTIMIZER for p in directory.paths.values()):
             left = (*left, OPTIMIZER)

@@ -36,12 +36,14 @@ def agree_to_start(
     meeting: Rendezvous,
     set_up: Callable[[], Layout],
     begin_history: Callable[[], None] = lambda: None,
+    give_up: Callable[[Exception], None] = lambda error: None,
 ) -> Started:
     """Probe `run_dir`, run `set_up` on this rank; once every rank could do both, recover what ended jobs have left.
 
     `set_up` returns a layout, whose digest must be the same on all ranks. `begin_history` is the last thing that
-    rank 0 does. Blocks until all ranks have called this,
-    bounded by the ballot's timeout. Raises on every rank what failed on one, as the exception that it was there.
+    rank 0 does. `give_up` is told what this rank failed with, for those that wait for it in their `set_up`. Blocks
+    until all ranks have called this, bounded by the ballot's timeout. Raises on every rank what failed on one, as the
+    exception that it was there.
     """
     probe = Probe(run_dir, meeting.nonce)
     own_error: Exception | None = None
@@ -53,6 +55,7 @@ def agree_to_start(
             layout = set_up()
         except Exception as error:  # noqa: BLE001  # told to all ranks, and raised below
             own_error = error
+            give_up(error)
         failure = None if own_error is None else Failure.of(own_error, rank=meeting.rank, stage="start")
         sketch = None if layout is None else layout.sketch
         ballot.cast(

@@ -285,4 +285,7 @@ def _difference(vote: Vote, step: int | None, sketch: Sketch | None) -> str:
     if vote.step != step:
         return ""
     difference = sketch.first_difference(vote.sketch) if sketch is not None and vote.sketch else None
-    return "" if difference is None else f" The first tensor that they describe differently: {difference}"
+    if difference is None:
+        return ""
+    stages = "" if step is not None else ". Ranks that have the stages of a pipeline: pass pipeline=True"
+    return f" The first tensor that they describe differently: {difference}{stages}"

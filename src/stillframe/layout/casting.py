@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,13 +22,18 @@ class Cast:
     keep: tuple[re.Pattern[str], ...]
 
 
-def cast_keys(model: nn.Module, tensors: Mapping[str, torch.Tensor], key_map: KeyMap, cast: Cast) -> KeyMap:
+def cast_keys(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    key_map: KeyMap,
+    cast: Cast,
+    parameters: Collection[int],
+) -> KeyMap:
     """`key_map` with the dtypes that its keys have in the files, sharded as the model so cast would be.
 
-    Buffers keep their dtype. So do the modules that transformers itself keeps in float32
-    (`_keep_in_fp32_modules_strict`). Every key is matched against every pattern.
+    `parameters`: the ids of those of the tensors that are some. Buffers keep their dtype. So do the modules that
+    transformers itself keeps in float32 (`_keep_in_fp32_modules_strict`). Every key is matched against every pattern.
     """
-    parameters = {id(parameter) for parameter in model.parameters()}
     # Patterns as transformers reads them when it loads: "*" for anything, anywhere in the name.
     kept_modules = [
         re.compile(m.replace("*", ".*")) for m in sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())

@@ -25,6 +25,7 @@ from stillframe.layout.envelope import envelope
 from stillframe.layout.placement import Box, Holdings, Spread
 from stillframe.layout.runs import Runs
 from stillframe.layout.shares import PlacedItem, own_share
+from stillframe.layout.stages import Stages
 from stillframe.names import rank_state_name
 from stillframe.records import FileLayout, Item, Layout, RankShare
 from stillframe.sketch import Sketch
@@ -48,6 +49,7 @@ class DistcpPlan:
     tensors: Mapping[str, torch.Tensor]
     rank_0_only: frozenset[str]
     metadata: MetadataFiles | None
+    stages: Stages | None = None
 
 
 class _Chunk(NamedTuple):
@@ -64,16 +66,24 @@ class _File(NamedTuple):
 
 
 def plan_distcp(
-    tree: StateTree, *, rank: int, world_size: int, plan_id: int, max_file_bytes: int = MAX_FILE_BYTES
+    tree: StateTree,
+    *,
+    rank: int,
+    world_size: int,
+    plan_id: int,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    stages: Stages | None = None,
 ) -> DistcpPlan:
     """Lay `tree` out as a DCP directory and find this rank's share. No communication, no data is read.
 
-    A file ends before the chunk that would make it larger than `max_file_bytes`. Raises LayoutError (UnsupportedModel,
+    A file ends before the chunk that would make it larger than `max_file_bytes`. `stages`: which ranks hold which
+    tensors of the tree, where not all hold all. Raises LayoutError (UnsupportedModel,
     UnsupportedPlacement, CoverageError) naming the key.
     """
     for key, tensor in tree.tensors.items():
-        _refuse_unsupported(key, tensor)
-    held = Holdings(rank=rank, world_size=world_size)
+        if stages is None or rank in stages[key].holders:
+            _refuse_unsupported(key, tensor)
+    held = Holdings(rank=rank, world_size=world_size, stages=stages)
     spreads = {
         key: held.spread(key, tensor, rank_0_only=key in tree.rank_0_only) for key, tensor in tree.tensors.items()
     }
@@ -108,7 +118,14 @@ def plan_distcp(
     if rank == 0:
         stored = [chunk for owner in planned_ranks for file in files[owner] for chunk in file.chunks]
         metadata = MetadataFiles(tree, stored, objects_name=_file_name(0, len(own)))
-    return DistcpPlan(layout=layout, share=share, tensors=tree.tensors, rank_0_only=tree.rank_0_only, metadata=metadata)
+    return DistcpPlan(
+        layout=layout,
+        share=share,
+        tensors=tree.tensors,
+        rank_0_only=tree.rank_0_only,
+        metadata=metadata,
+        stages=stages,
+    )
 
 
 def _refuse_unsupported(key: str, tensor: torch.Tensor) -> None:

@@ -25,6 +25,7 @@ from stillframe.layout.keys import Key, KeyMap, runtime_tensors, save_keys
 from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.shares import PlacedItem, rank_share
+from stillframe.layout.stages import Stages, in_whole_model
 from stillframe.records import FileLayout, InlineFile, Item, Layout, RankShare
 from stillframe.sketch import Sketch
 from stillframe.wrappers import unwrapped_module, without_wrappers
@@ -82,10 +83,12 @@ def plan_huggingface(
     plan_id: int,
     cast: Cast | None = None,
     key_mapping: KeyMapping | None = None,
+    stages: Stages | None = None,
 ) -> HuggingFacePlan:
     """Lay `model` out as a Hugging Face directory and find this rank's share. No communication, no data is read.
 
     `cast` None saves every tensor in the dtype that it has. `key_mapping` renames keys after Transformers' conversions.
+    `stages`: the whole model, where this rank's is one stage of it.
 
     Raises LayoutError (UnsupportedModel, UnsupportedPlacement, CoverageError) naming the model or tensor.
     """
@@ -99,6 +102,7 @@ def plan_huggingface(
             plan_id=plan_id,
             cast=cast,
             key_mapping=key_mapping,
+            stages=stages,
         )
 
 
@@ -124,20 +128,28 @@ def _plan(
     plan_id: int,
     cast: Cast | None,
     key_mapping: KeyMapping | None,
+    stages: Stages | None,
 ) -> HuggingFacePlan:
     tensors = runtime_tensors(model)
-    key_map = save_keys(model, tensors, key_mapping)
+    parameters = {id(p): p.numel() for p in model.parameters()}
+    total_parameters = sum(parameters.values())
+    twins = None
+    if stages is not None:
+        tensors = stages.completed(in_whole_model(model, tensors))
+        twins = {name: member.twin() for name, member in stages.items()}
+        parameters = {id(tensors[name]): math.prod(m.shape) for name, m in stages.items() if m.is_parameter}
+        total_parameters = sum(parameters.values()) + _uncounted(stages)
+    key_map = save_keys(model, tensors, key_mapping, twins)
     if cast is not None:
-        key_map = cast_keys(model, tensors, key_map, cast)
-    parameters = {id(p): p for p in model.parameters()}
-    held = Holdings(rank=rank, world_size=world_size)
+        key_map = cast_keys(model, tensors, key_map, cast, parameters.keys())
+    held = Holdings(rank=rank, world_size=world_size, stages=stages)
     holdings = {name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()}
     layout, items = lay_out(
         key_map,
         holdings,
         source_dtypes=[tensors[name].dtype for name in key_map.sources],
         max_shard_bytes=max_shard_bytes,
-        total_parameters=sum(p.numel() for p in parameters.values()),
+        total_parameters=total_parameters,
         world_size=world_size,
     )
     described = [(n, f"{tuple(t.shape)} {t.dtype} {holdings[n].signature}") for n, t in tensors.items()]
@@ -155,6 +167,11 @@ def _plan(
         sources=key_map.sources,
         holdings=holdings,
     )
+
+
+def _uncounted(stages: Stages) -> int:
+    """The elements of parameters that are not saved; of those that several stages have, once."""
+    return sum({name: count for extra in stages.extras for name, count in extra["uncounted"].items()}.values())
 
 
 def unwrapped(model: nn.Module, *, any_module: bool = False) -> nn.Module:

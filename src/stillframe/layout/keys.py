@@ -127,15 +127,21 @@ def _refuse_partial_overlap(model: nn.Module, state: dict[str, torch.Tensor], na
             raise UnsupportedModel(f"{type(model).__name__}: {name} and {other} overlap in memory but are not the same")
 
 
-def save_keys(model: nn.Module, tensors: Mapping[str, torch.Tensor], key_mapping: KeyMapping | None = None) -> KeyMap:
+def save_keys(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    key_mapping: KeyMapping | None = None,
+    twins: dict[str, torch.Tensor] | None = None,
+) -> KeyMap:
     """The keys that `save_pretrained` of the unsharded `model` writes, as runs over `tensors` (`runtime_tensors`).
 
     For a module that is no PreTrainedModel these are its own names. `key_mapping` renames the keys at the end.
+    `twins`: those of the unsharded tensors where this rank has not all of them (`twins_on_meta`).
 
     Depends on names, shapes and dtypes only; no data is read. Raises UnsupportedModel, naming the keys, where
     a conversion is more than renames, slices and concatenations, or loses a part of a tensor, or the mapping a key.
     """
-    tracer = Tracer(_on_meta(tensors))
+    tracer = Tracer(twins_on_meta(tensors) if twins is None else twins)
     with unsharded_classes(model):
         converted = tracer.run(
             (lambda state: revert_weight_conversion(model, state))
@@ -184,7 +190,7 @@ def _refuse_losses(model: nn.Module, tensors: Mapping[str, torch.Tensor], keys: 
         )
 
 
-def _on_meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def twins_on_meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Data-free twins of the unsharded tensors, each in a storage of its own.
 
     A tensor alone in its storage keeps the storage's size, which `save_pretrained` counts; where several tensors

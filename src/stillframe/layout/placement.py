@@ -18,8 +18,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from stillframe.errors import UnsupportedPlacement
 from stillframe.layout.intervals import DimShards, Intervals, held_along, order_matters, partitions
-from stillframe.layout.meshes import MeshPlace, place_in_mesh, replicas_at
+from stillframe.layout.meshes import MeshPart, MeshPlace, part_of, place_in_mesh, replicas_at
 from stillframe.layout.runs import Runs, coalesce, strided
+from stillframe.layout.stages import Distribution, Member, Stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,59 +85,90 @@ class Spread:
 
 
 class Holdings:
-    """What `rank` of `world_size` holds of each tensor of a model; equal distributions are worked out once."""
+    """What `rank` of `world_size` holds of each tensor of a model; equal distributions are worked out once.
 
-    def __init__(self, *, rank: int, world_size: int) -> None:
+    `stages`: which ranks hold which tensors, where not all hold all. `any_mesh`: do not ask that the meshes of DTensors
+    belong to one that spans the job; then the ranks that hold the same cannot be told.
+    """
+
+    def __init__(self, *, rank: int, world_size: int, stages: Stages | None = None, any_mesh: bool = False) -> None:
         self._rank = rank
         self._everyone = tuple(range(world_size))
+        self._stages = stages
+        self._any_mesh = any_mesh or stages is not None
         self._places: dict[int, MeshPlace] = {}
         self._distributions: dict[tuple[object, ...], _Distribution] = {}
         self._holdings: dict[_Distribution, Holding] = {}
         self._spreads: dict[object, Spread] = {}
 
     def of(self, name: str, tensor: torch.Tensor, *, is_parameter: bool) -> Holding:
-        """What the rank holds of `tensor`, a DTensor or a plain tensor that all ranks of the job hold alike.
+        """What the rank holds of `tensor`: a DTensor, or a plain tensor that all ranks of the job (or of its stages)
+        hold alike.
 
-        A plain buffer counts as held by rank 0 alone: ranks may differ in their running statistics, and a file
-        must not mix them. Raises UnsupportedPlacement where the distribution cannot be described exactly.
+        A plain buffer counts as held by the first of these ranks alone: ranks may differ in their running statistics,
+        and a file must not mix them. Raises UnsupportedPlacement where the distribution cannot be described exactly.
         """
+        member = None if self._stages is None else self._stages[name]
+        if member is not None and self._rank not in member.holders:
+            return Holding(runs=Runs.of([]), replicas=(self._rank,), signature=member.signature)
         if not isinstance(tensor, DTensor):
-            replicas = self._everyone if is_parameter else (0,)
-            held = tensor.numel() and (is_parameter or self._rank == 0)
+            replicas = self._everyone if member is None else member.holders
+            replicas = replicas if is_parameter else replicas[:1]
+            held = tensor.numel() and self._rank in replicas
             whole = Runs.of([(0, 0, 0, tensor.numel())] if held else [])
-            return Holding(runs=whole, replicas=replicas, signature=f"replicas={len(replicas)}")
-        distribution = self._distribution(name, tensor)
+            signature = f"replicas={len(replicas)}" if member is None else member.signature
+            return Holding(runs=whole, replicas=replicas, signature=signature)
+        distribution = self._distribution(name, tensor, member)
         if distribution not in self._holdings:
             self._holdings[distribution] = distribution.holding()
-        return self._holdings[distribution]
+        found = self._holdings[distribution]
+        return found if member is None else replace(found, signature=member.signature)
 
     def spread(self, name: str, tensor: torch.Tensor, *, rank_0_only: bool) -> Spread:
-        """How `tensor` is distributed over the ranks; `rank_0_only` for a plain tensor of which only rank 0's counts.
+        """How `tensor` is distributed over the ranks; `rank_0_only` for a plain tensor of which only rank 0's counts,
+        or that of the first rank that holds it.
 
         A tensor without elements is one box, held by all. Raises UnsupportedPlacement like `of`.
         """
-        if isinstance(tensor, DTensor) and tensor.numel():
-            distribution = self._distribution(name, tensor)
+        member = None if self._stages is None else self._stages[name]
+        is_held = member is None or self._rank in member.holders
+        if tensor.numel() and (isinstance(tensor, DTensor) if member is None else member.distribution is not None):
+            if not is_held and self._rank != 0:
+                return Spread(parts=(), signature="" if member is None else member.signature)
+            if isinstance(tensor, DTensor) and is_held:
+                distribution = self._distribution(name, tensor, member)
+            else:
+                distribution = self._distribution_of_others(name, member)
             if distribution not in self._spreads:
                 self._spreads[distribution] = distribution.spread(everybody=self._rank == 0)
-            return self._spreads[distribution]
-        replicas = (0,) if rank_0_only else self._everyone
+            found = self._spreads[distribution]
+            return found if member is None else replace(found, signature=member.signature)
+        holders = self._everyone if member is None else member.holders
         shape = tuple(tensor.shape)
-        key = (shape, replicas[-1])
+        key = (shape, id(holders), rank_0_only)
         if key not in self._spreads:
+            replicas = holders[:1] if rank_0_only else holders
             origin = (0,) * len(shape)
             whole = Box(offsets=origin, sizes=shape, local_offsets=origin, local_shape=shape)
-            parts = (Part(replicas=replicas, boxes=(whole,)),) if self._rank in replicas else ()
+            is_planned = self._rank == 0 or self._rank in replicas
+            parts = (Part(replicas=replicas, boxes=(whole,)),) if is_planned else ()
             self._spreads[key] = Spread(parts=parts, signature=f"replicas={len(replicas)}")
-        return self._spreads[key]
+        found = self._spreads[key]
+        return found if member is None else replace(found, signature=member.signature)
 
-    def _distribution(self, name: str, tensor: DTensor) -> _Distribution:
+    def distribution(self, name: str, tensor: DTensor) -> Distribution:
+        """How `tensor` is distributed, as it is told to other ranks; one object for all that are distributed alike."""
+        return self._distribution(name, tensor, None).told
+
+    def _distribution(self, name: str, tensor: DTensor, member: Member | None) -> _Distribution:
         mesh, placements, shape = tensor.device_mesh, tuple(tensor.placements), tuple(tensor.shape)
-        key = (id(mesh), placements, shape)
+        holders = None if member is None else member.holders
+        key = (id(mesh), placements, shape, id(holders))
         if key not in self._distributions:
             if id(mesh) not in self._places:
-                self._places[id(mesh)] = place_in_mesh(name, mesh, self._everyone)
-            self._distributions[key] = _distribution(name, shape, placements, self._places[id(mesh)])
+                self._places[id(mesh)] = place_in_mesh(name, mesh, None if self._any_mesh else self._everyone)
+            place = self._places[id(mesh)]
+            self._distributions[key] = _distribution(name, shape, placements, place.part, place.coordinate, holders)
         distribution = self._distributions[key]
         expected, local_shape = distribution.local_shape, tuple(tensor._local_tensor.shape)
         if expected != local_shape and (tensor._local_tensor.numel() or 0 not in expected):
@@ -146,21 +178,38 @@ class Holdings:
             )
         return distribution
 
+    def _distribution_of_others(self, name: str, member: Member | None) -> _Distribution:
+        """How a tensor is distributed of which this rank holds nothing."""
+        told = None if member is None else member.distribution
+        assert member is not None, "without stages, every rank holds a part"
+        assert told is not None, "a plain tensor has no distribution"
+        key = (id(told), member.shape, id(member.holders))
+        if key not in self._distributions:
+            part = part_of(name, told.whole, told.ranks)
+            nowhere = (0,) * told.ranks.ndim
+            self._distributions[key] = _distribution(name, member.shape, told.placements, part, nowhere, member.holders)
+        return self._distributions[key]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Distribution:
-    """How a tensor is distributed, proven to be exactly describable; `shards` and `local_shape` per dimension."""
+    """How a tensor is distributed, proven to be exactly describable; `shards` and `local_shape` per dimension.
+
+    `coordinate` is this rank's; `holders` the ranks that have the tensor at all, None where all have."""
 
     shape: tuple[int, ...]
     placements: tuple[Placement, ...]
-    place: MeshPlace
+    part: MeshPart
+    coordinate: tuple[int, ...]
+    holders: tuple[int, ...] | None
+    told: Distribution
     shards: tuple[DimShards, ...]
     local_shape: tuple[int, ...]
 
     @property
     def signature(self) -> str:
-        mesh = f"{self.place.ranks.shape} of {self.place.whole.shape}"
-        return f"{self.placements} on {mesh} {self.place.identity}"
+        mesh = f"{self.part.ranks.shape} of {self.part.whole.shape}"
+        return f"{self.placements} on {mesh} {self.part.identity}"
 
     def along(self, coordinate: tuple[int, ...]) -> list[Intervals]:
         """What the rank at `coordinate` holds of each dimension."""
@@ -168,41 +217,56 @@ class _Distribution:
 
     def holding(self) -> Holding:
         return Holding(
-            runs=_flat_runs(self.shape, self.along(self.place.coordinate)),
-            replicas=replicas_at(self.placements, self.place, self.place.coordinate),
+            runs=_flat_runs(self.shape, self.along(self.coordinate)),
+            replicas=replicas_at(self.placements, self.part, self.coordinate, self.holders),
             signature=self.signature,
         )
 
     def spread(self, *, everybody: bool) -> Spread:
         """Of `everybody`, or of this rank alone; parts without elements are left out."""
-        coordinates = [self.place.coordinate]
+        coordinates = [self.coordinate]
         if everybody:
             # Ranks that differ only along replicated mesh dimensions hold the same part.
             ranges = [
                 range(1 if isinstance(p, Replicate) else n)
-                for p, n in zip(self.placements, self.place.ranks.shape, strict=True)
+                for p, n in zip(self.placements, self.part.ranks.shape, strict=True)
             ]
             coordinates = list(product(*ranges))
         parts = []
         for coordinate in coordinates:
             boxes = _boxes(self.along(coordinate))
             if boxes:
-                parts.append(Part(replicas=replicas_at(self.placements, self.place, coordinate), boxes=boxes))
+                replicas = replicas_at(self.placements, self.part, coordinate, self.holders)
+                parts.append(Part(replicas=replicas, boxes=boxes))
         return Spread(parts=tuple(parts), signature=self.signature)
 
 
 def _distribution(
-    name: str, shape: tuple[int, ...], placements: tuple[Placement, ...], place: MeshPlace
+    name: str,
+    shape: tuple[int, ...],
+    placements: tuple[Placement, ...],
+    part: MeshPart,
+    coordinate: tuple[int, ...],
+    holders: tuple[int, ...] | None,
 ) -> _Distribution:
     _refuse_unsupported(name, placements)
-    mesh_shape = place.ranks.shape
+    mesh_shape = part.ranks.shape
     shards = tuple(_shards_of(dim, placements, mesh_shape) for dim in range(len(shape)))
     for dim, size in enumerate(shape):
         _prove_partition(name, dim, size, shards[dim])
         _refuse_ambiguous(name, dim, size, shards[dim])
-    per_dim = [held_along(size, shards[dim], place.coordinate) for dim, size in enumerate(shape)]
+    per_dim = [held_along(size, shards[dim], coordinate) for dim, size in enumerate(shape)]
     local_shape = tuple(sum(length for _, length in intervals) for intervals in per_dim)
-    return _Distribution(shape=shape, placements=placements, place=place, shards=shards, local_shape=local_shape)
+    return _Distribution(
+        shape=shape,
+        placements=placements,
+        part=part,
+        coordinate=coordinate,
+        holders=holders,
+        told=Distribution(placements=placements, whole=part.whole, ranks=part.first),
+        shards=shards,
+        local_shape=local_shape,
+    )
 
 
 def _boxes(per_dim: list[Intervals]) -> tuple[Box, ...]:

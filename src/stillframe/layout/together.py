@@ -109,7 +109,7 @@ def share_as_one(joint: JointShare, layout: Layout, *, plan_id: int) -> RankShar
 def _following(hf: HuggingFacePlan, checkpoint: DistcpPlan) -> RankShare:
     """The export's share if each rank holds, of what both write as it is, what it stages for the checkpoint."""
     rank, world_size = checkpoint.share.plan.rank, checkpoint.layout.world_size
-    held = Holdings(rank=rank, world_size=world_size)
+    held = Holdings(rank=rank, world_size=world_size, stages=checkpoint.stages)
     key_of = {id(tensor): key for key, tensor in checkpoint.tensors.items()}
     ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for copy in checkpoint.share.copies:

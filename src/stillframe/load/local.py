@@ -14,7 +14,7 @@ def own_holdings() -> Holdings:
     """What this rank of the job holds; of a job of one where `torch.distributed` is not initialised."""
     distributed = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    return Holdings(rank=rank, world_size=world_size)
+    return Holdings(rank=rank, world_size=world_size, any_mesh=True)
 
 
 def local_runs(runs: Runs, held: Holding) -> Runs:

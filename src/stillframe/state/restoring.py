@@ -6,7 +6,7 @@ changed. A model's tensors are filled in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from stillframe.errors import ModelMismatch
 from stillframe.state.tensors import MODEL, OPTIMIZER, parameter_names, tree_of
 from stillframe.tree import KeyPath
-from stillframe.wrappers import clean_name
 
 
 class Stored(Protocol):
@@ -44,11 +43,17 @@ class Targets:
 
 
 def model_targets(
-    model: nn.Module, stored: Mapping[str, Stored], paths: Mapping[str, KeyPath], *, save_frozen: bool
+    model: nn.Module,
+    stored: Mapping[str, Stored],
+    paths: Mapping[str, KeyPath],
+    *,
+    save_frozen: bool,
+    of_others: Collection[str] = (),
 ) -> Targets:
     """The tensors of `model` by the keys under which they are stored; tied ones need one of their names.
 
-    Where `save_frozen` is False, frozen parameters may be absent; they are loaded where they are there.
+    Where `save_frozen` is False, frozen parameters may be absent; they are loaded where they are there. `of_others`:
+    keys of the model that other stages of a pipeline have.
     """
     tree = tree_of(model, (), save_frozen=True)
     needed = tree if save_frozen else tree_of(model, (), save_frozen=False)
@@ -64,7 +69,7 @@ def model_targets(
             same_as.update(dict.fromkeys(found[1:], found[0]))
         elif key in needed.tensors:
             missing.append(key)
-    known = tree.tensors.keys() | tree.aliases.keys()
+    known = {*tree.tensors, *tree.aliases, *of_others}
     unexpected = [key for key, path in paths.items() if path[0] == MODEL and key in stored and key not in known]
     return Targets(tensors=tensors, missing=tuple(missing), unexpected=tuple(unexpected), same_as=same_as)
 
@@ -83,10 +88,15 @@ class OptimizerLoad:
         optimizers: Sequence[Optimizer],
         stored: Mapping[str, Stored],
         paths: Mapping[str, KeyPath],
+        *,
+        of_others: Collection[str] = (),
     ) -> None:
+        """`of_others`: keys of the model that other stages of a pipeline have, whose parameters have state there."""
         self._optimizers = optimizers
         self._names = parameter_names(model)
-        self._parameters = {clean_name(name): p for name, p in model.named_parameters()}
+        own = set(self._names.values())
+        self._elsewhere = {key.removeprefix(f"{MODEL}.") for key in of_others} - own
+        self._parameters = {self._names[id(p)]: p for p in model.parameters()}
         self._groups_of = {id(p): group for _, group in self._groups() for p in group["params"]}
         self._owner = {id(p): o for o, group in self._groups() for p in group["params"]}
         self._paths = {key: path for key, path in paths.items() if path[0] == OPTIMIZER}
@@ -99,7 +109,8 @@ class OptimizerLoad:
             if path[1] == "param_groups":
                 tensors[key] = torch.empty(stored[key].shape, dtype=stored[key].dtype)
             elif parameter is None or id(parameter) not in self._owner:
-                unexpected.append(key)
+                if path[2] not in self._elsewhere:
+                    unexpected.append(key)
             else:
                 tensors[key] = self._like(key, parameter, path[3:], stored[key])
         self.targets = Targets(tensors=tensors, missing=(), unexpected=tuple(unexpected))
@@ -115,7 +126,7 @@ class OptimizerLoad:
         values = self._values(objects)
         state: dict[int, dict[Any, Any]] = {id(p): {} for _, group in self._groups() for p in group["params"]}
         for path, value in values.items():
-            if path[1] == "state":
+            if path[1] == "state" and path[2] not in self._elsewhere:
                 _set(state[id(self._parameters[str(path[2])])], path[3:], value)
         for optimizer, group in self._groups():
             for parameter in group["params"]:
@@ -181,7 +192,7 @@ class OptimizerLoad:
 
     def _refuse_other_parameters(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
         own = [[self._names[id(p)] for p in group["params"]] for _, group in self._groups()]
-        saved = [list(group.get("params", ())) for group in saved_groups]
+        saved = [[p for p in group.get("params", ()) if p not in self._elsewhere] for group in saved_groups]
         if own == saved:
             return
         if len(own) != len(saved):

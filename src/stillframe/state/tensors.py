@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from stillframe.errors import UnsupportedModel
 from stillframe.state.objects import refuse_unsafe
+from stillframe.ties import tied_elsewhere
 from stillframe.tree import StateTree
 from stillframe.wrappers import clean_name
 
@@ -38,7 +39,7 @@ def tree_of(model: nn.Module, optimizers: Sequence[Optimizer], *, save_frozen: b
     frozen = set() if save_frozen else {id(p) for p in model.parameters() if not p.requires_grad}
     state = {
         name: value
-        for name, value in _by_clean_name(model.state_dict(keep_vars=True)).items()
+        for name, value in _with_ties(model, _by_clean_name(model.state_dict(keep_vars=True))).items()
         if id(value) not in frozen
     }
     extra = [name for name in state if name.rpartition(".")[2] == _EXTRA_STATE_KEY_SUFFIX]
@@ -83,8 +84,17 @@ def _refuse_shared_elements(key: str, tensor: torch.Tensor) -> None:
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
-    """id of each parameter -> the first of its names, without those of wrappers."""
-    return {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+    """id of each parameter -> the first of its names, without those of wrappers; of one that is tied to a parameter
+    which only another stage of a pipeline has, that one's."""
+    names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+    ties = tied_elsewhere(model, set(names.values()))
+    return {identity: ties.get(name, name) for identity, name in names.items()}
+
+
+def _with_ties(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """`state`, and its tensors that are tied to one which only another stage has under that one's name too, first."""
+    ties = tied_elsewhere(model, state.keys())
+    return {**{ties[name]: state[name] for name in ties}, **state}
 
 
 def _by_clean_name(state: Mapping[str, Any]) -> dict[str, Any]:
