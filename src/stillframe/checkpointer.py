@@ -347,6 +347,7 @@ class Checkpointer:
             reset=frozenset([reset] if isinstance(reset, str) else reset),
             verify=verify,
         )
+        frames.meet("checkpoint")
         resumed = resume(choice, frames.resumable, self._next_ballot, self._meeting, self._go_on_from)
         if resumed is not None:
             gone = set(resumed.passed_over)

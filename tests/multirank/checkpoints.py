@@ -47,10 +47,13 @@ class Position:
 
 
 class Run:
-    """A model of a kind (`PLACES`), its optimizer and scheduler; `salt` makes its weights unlike those of others."""
+    """A model of a kind (`PLACES`), or what `make` makes, its optimizer and scheduler; `salt` makes its weights unlike
+    those of others."""
 
-    def __init__(self, how: str, *, salt: float = 0.0, lr: float = 1e-2) -> None:
-        self.model: nn.Module = PLACES[how][1]()
+    def __init__(
+        self, how: str, *, salt: float = 0.0, lr: float = 1e-2, make: Callable[[], nn.Module] | None = None
+    ) -> None:
+        self.model: nn.Module = (make or PLACES[how][1])()
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.add_(salt)

@@ -15,8 +15,9 @@ from stillframe.layout.huggingface import refuse_unsupported
 from stillframe.layout.keys import runtime_tensors, twins_on_meta
 from stillframe.layout.placement import Holdings
 from stillframe.layout.stages import Stages, encode, in_whole_model, merged
+from stillframe.ties import tied_elsewhere
 from stillframe.tree import KeyPath, StateTree
-from stillframe.wrappers import without_wrappers
+from stillframe.wrappers import clean_name, without_wrappers
 
 
 def describe_model(model: nn.Module, *, rank: int, world_size: int) -> str:
@@ -34,11 +35,17 @@ def describe_model(model: nn.Module, *, rank: int, world_size: int) -> str:
 
 def describe_tree(model: nn.Module, tree: StateTree, *, rank: int, world_size: int) -> str:
     """This rank's part of what is checkpointed, with aliases, objects and the ways to them."""
+    # As in `in_whole_model`: where these stand in the whole model is for the stage to say that they are tied to.
+    foreign = set(tied_elsewhere(model, {clean_name(name) for name in model.state_dict(keep_vars=True)}).values())
+
+    def members(key: str, value: Any) -> list[str] | None:
+        return sorted(value, key=lambda name: name not in foreign) if is_members(tree.paths[key]) else None
+
     shared = {key: key not in tree.rank_0_only for key in tree.tensors}
     extra = {
         "aliases": dict(tree.aliases),
         "paths": {key: list(path) for key, path in tree.paths.items()},
-        "objects": {key: value if is_members(tree.paths[key]) else None for key, value in tree.objects.items()},
+        "objects": {key: members(key, value) for key, value in tree.objects.items()},
     }
     return _described(model, tree.tensors, shared, extra, rank=rank, world_size=world_size)
 

@@ -193,8 +193,8 @@ class OptimizerLoad:
     def _refuse_other_parameters(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
         own = [[self._names[id(p)] for p in group["params"]] for _, group in self._groups()]
         saved = [[p for p in group.get("params", ()) if p not in self._elsewhere] for group in saved_groups]
-        if own == saved:
-            return
+        if own == saved or (self._elsewhere and [*map(sorted, own)] == [*map(sorted, saved)]):
+            return  # a tied weight may stand elsewhere in a stage than in the whole model
         if len(own) != len(saved):
             raise ModelMismatch(f"the optimizer has {len(own)} parameter groups, the checkpoint has {len(saved)}")
         index = next(i for i, (one, other) in enumerate(zip(own, saved, strict=True)) if one != other)
