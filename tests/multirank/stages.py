@@ -10,19 +10,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-CUTS = {1: [range(3)], 2: [range(2), range(2, 3)], 3: [range(1), range(1, 2), range(2, 3)]}
-"""Which of 3 layers each stage has, by the number of stages."""
+CUTS = {"pp2": [(0, 1), (2,)], "pp3": [(0,), (1,), (2,)], "v": [(0, 2), (1,)]}
+"""Which of 3 layers each rank along "pp" has; in "v" the first has two stages, with both ends of the model."""
 
 
-def stage_of(model: PreTrainedModel, stage: int, stages: int, *, ends: tuple[int, int] | None = None) -> Any:
-    """`model` without what other stages have. Its layers keep their names; the ends are on the first and last stage."""
-    first, last = ends or (0, stages - 1)
-    keep = {str(layer) for layer in CUTS[stages][stage]}
+def stage_of(model: PreTrainedModel, kind: str, stage: int) -> Any:
+    """`model` without what other stages have. Its layers keep their names; the ends are beside the outermost layers."""
+    keep = {str(layer) for layer in CUTS[kind][stage]}
     text: Any = model.model
     text.layers = nn.ModuleDict({name: layer for name, layer in text.layers.named_children() if name in keep})
-    if stage != first:
+    if "0" not in keep:
         text.embed_tokens = None
-    if stage != last:
+    if "2" not in keep:
         text.norm = None
         model.lm_head = None
     return model
@@ -34,16 +33,17 @@ def pipeline_mesh(stages: int) -> DeviceMesh:
 
 def cut(model: PreTrainedModel, how: str) -> Any:
     """This rank's part: "pp2" alone, "pp2 fsdp" sharded over the stage's part of the job's mesh, "pp2 own" over a mesh
-    of the stage's ranks alone; "fsdp": no stages."""
+    of the stage's ranks alone; "v": two stages on
+    one rank; "fsdp": no stages."""
     kind, _, sharding = how.partition(" ")
     if kind == "fsdp":
         for layer in model.model.layers:
             fully_shard(layer)
         return fully_shard(model)
-    stages = int(kind.removeprefix("pp"))
+    stages = len(CUTS[kind])
     mesh = pipeline_mesh(stages)
     stage = mesh.get_local_rank("pp")
-    model = stage_of(model, stage, stages)
+    model = stage_of(model, kind, stage)
     part = mesh["fsdp"] if sharding == "fsdp" else None
     if sharding == "own":
         per_stage = dist.get_world_size() // stages

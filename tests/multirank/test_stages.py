@@ -33,6 +33,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 # Model, its stages, and the ranks that it is exported from.
 EXPORTS = [
     ("tied", "pp2", 2),
+    ("untied", "v", 2),
     ("untied", "pp2", 4),
     ("moe", "pp2 fsdp", 4),
     ("tied", "pp2 fsdp", 4),
@@ -180,14 +181,18 @@ def refused(run_dir: Path, change: str, pipeline: bool) -> None:
             model.model.norm.weight = nn.Parameter(distribute_tensor(torch.ones(56), mesh, [Shard(0)]))
         else:
             distribute_tensor(torch.ones(56), mesh, [Shard(0)])
+    elif change == f"module {rank}":
+        model = nn.Linear(2, 2)
     elif change == "unsupported" and rank == 1:
         model.model.norm.weight = nn.Parameter(torch.ones(56, device="meta"))
     said = {
         "names": r"rank 1 has another layout .* model\.embed_tokens\.weight\. Ranks .* pass pipeline=True",
         "shape": r"embed_tokens\.weight: is \(388, 56\) float32 on rank 0 and \(388, 48\) float32 on rank 1",
         "dtype": r"embed_tokens\.weight: is \(388, 56\) float32 on rank 0 and \(388, 56\) bfloat16 on rank 1",
-        "class": "is not a transformers|rank 0 has a Qwen3ForCausalLM and rank 1 a Qwen3Model",
+        "class": "rank 0 has a Qwen3ForCausalLM and rank 1 a Qwen3Model",
         "hole": r"model\.norm\.weight: no rank holds its shard \(0,\) of",
+        "module 0": "Linear is not a transformers PreTrainedModel|rank 0 has a Linear and rank 1 a Qwen3ForCausalLM",
+        "module 1": "Linear is not a transformers PreTrainedModel|rank 0 has a Qwen3ForCausalLM and rank 1 a Linear",
         "unsupported": r"1 parameters have no values yet .*model\.norm\.weight|norm\.weight: has no values yet",
     }
     with pytest.raises(StillframeError, match=said[change]):
@@ -196,7 +201,7 @@ def refused(run_dir: Path, change: str, pipeline: bool) -> None:
         stillframe.Checkpointer(run_dir, model=model, pipeline=pipeline, hf_export=change == "names", save_timeout_s=60)
 
 
-@pytest.mark.parametrize("change", ["names", "shape", "dtype", "class", "hole", "unsupported"])
+@pytest.mark.parametrize("change", ["names", "shape", "dtype", "class", "hole", "unsupported", "module 0", "module 1"])
 def test_stages_that_do_not_fit_are_refused_on_every_rank(tmp_path: Path, change: str) -> None:
     run_ranks(2, refused, tmp_path, change, change != "names")
 
