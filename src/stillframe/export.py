@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,14 @@ from stillframe.errors import OptionError, UnsupportedModel
 from stillframe.layout.casting import Cast
 from stillframe.layout.companions import render_companion, render_config
 from stillframe.layout.huggingface import HuggingFacePlan, plan_huggingface
+from stillframe.layout.quantizing import quantization_config
 from stillframe.layout.renaming import KeyMapping
 from stillframe.names import MANIFEST_NAME, WORK_DIR_NAME
-from stillframe.records import InlineFile, Layout
+from stillframe.patches import BLOCK
+from stillframe.records import Blocks, InlineFile, Layout
 from stillframe.snapshot.copy import Watched
+
+_log = logging.getLogger("stillframe")
 
 
 class Export:
@@ -67,6 +72,8 @@ class Export:
             plan_id=plan_id,
         )
         _refuse_taken_names(plan.layout, self._companion_files)
+        if self._plan is None and self._rank == 0 and plan.blocks is not None:
+            _tell_of_partial_blocks(plan.blocks)
         self._plan = plan
         self._watched = Watched(self._model, plan.tensors)
         return plan
@@ -88,7 +95,9 @@ class Export:
         config_files: tuple[InlineFile, ...] = ()
         if isinstance(self._model, PreTrainedModel):
             assert self._plan.config_dtype is not None, "a PreTrainedModel has a dtype"
-            config_files = render_config(self._model, self._plan.config_dtype)
+            left_alone = self._plan.left_alone
+            quantization = None if left_alone is None else quantization_config(left_alone)
+            config_files = render_config(self._model, self._plan.config_dtype, quantization)
         files = {f.name: f for f in (*config_files, *self._plan.layout.inline_files, *self._companion_files)}
         return lambda: tuple(files.values())
 
@@ -99,3 +108,17 @@ def _refuse_taken_names(layout: Layout, companion_files: tuple[InlineFile, ...])
     for file in companion_files:
         if file.name in taken or file.name.partition("/")[0] == WORK_DIR_NAME:
             raise UnsupportedModel(f"the tokenizer or processor saves a file {file.name!r}, a name that is taken")
+
+
+def _tell_of_partial_blocks(blocks: Blocks) -> None:
+    """Where sizes are no multiples of 128, transformers 5.23 misreads the format when it loads without a GPU."""
+    partial = sorted(name for name, m in blocks.matrices.items() if m.rows % BLOCK or m.columns % BLOCK)
+    if partial:
+        _log.warning(
+            "fp8: the sizes of %d weights, such as %s, are no multiples of %d. load_hf reads them right, but where "
+            "transformers converts them back to bfloat16 (as it does without a GPU), it refuses them or, worse, takes "
+            "wrong blocks; keep_in_bf16 leaves them as they are",
+            len(partial),
+            partial[0],
+            BLOCK,
+        )

@@ -23,8 +23,10 @@ class CheckpointerOptions:
     max_shard_size: largest weights file, in bytes or as text such as "5GB" (decimal units, as in transformers). A
         single storage block beyond it gets a file of its own.
     save_dtype: "bfloat16" saves floating-point parameters so, cast in the snapshot; None saves what there is. Buffers,
-        and modules that transformers keeps in float32, keep their dtype.
+        and modules that transformers keeps in float32, keep their dtype. "fp8" saves the weights of linear layers and
+        experts as float8_e4m3fn with a scale for each block of 128 x 128, everything else as "bfloat16" does.
     keep_in_fp32: regular expressions; parameters whose key or name in the model matches one are not cast.
+    keep_in_bf16: likewise, with save_dtype="fp8"; these are saved in bfloat16.
     key_mapping: regular expressions -> what replaces their matches in the keys of exports, which else are those that
         transformers writes; the longest match wins. With one, {} included, any nn.Module can be exported, under its own
         names but for what is replaced; without, PreTrainedModels only.
@@ -46,6 +48,7 @@ class CheckpointerOptions:
     max_shard_size: int | str = "50GB"
     save_dtype: str | None = None
     keep_in_fp32: tuple[str, ...] = ()
+    keep_in_bf16: tuple[str, ...] = ()
     key_mapping: Mapping[str, str] | None = None
     hf_export: bool = True
     hf_max_keep: int | None = None
@@ -61,15 +64,18 @@ class CheckpointerOptions:
         if not isinstance(self.run_dir, Path):
             raise OptionError(f"run_dir must be a path, not {self.run_dir!r}")
         _ = self.max_shard_bytes
-        if self.save_dtype not in (None, "bfloat16"):
-            raise OptionError(f"save_dtype must be None (as it is) or 'bfloat16', not {self.save_dtype!r}")
-        for pattern in self.keep_in_fp32:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise OptionError(f"keep_in_fp32 has {pattern!r}, which is no regular expression: {error}") from error
+        if self.save_dtype not in (None, "bfloat16", "fp8"):
+            raise OptionError(f"save_dtype must be None (as it is), 'bfloat16' or 'fp8', not {self.save_dtype!r}")
+        for name in ("keep_in_fp32", "keep_in_bf16"):
+            for pattern in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except (re.error, TypeError) as error:
+                    raise OptionError(f"{name} has {pattern!r}, which is no regular expression: {error}") from error
         if self.keep_in_fp32 and self.save_dtype is None:
             raise OptionError("keep_in_fp32 has no effect without save_dtype; set both or neither")
+        if self.keep_in_bf16 and self.save_dtype != "fp8":
+            raise OptionError("keep_in_bf16 has no effect without save_dtype='fp8'; set both or neither")
         if key_rules(self.key_mapping) is not None and self.hf_export is False:
             raise OptionError("key_mapping has no effect with hf_export=False: it names the keys of exports")
         for name in ("hf_export", "publish_together", "save_frozen"):

@@ -75,6 +75,68 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedCopy(Copy):
+    """A copy of elements of a matrix that is saved in fp8, each multiplied by the scale of its block.
+
+    `matrix` is the key, `position` the place of the first element in it, flat and row-major.
+    """
+
+    matrix: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalesCopy(Copy):
+    """Scales of the blocks of `matrix`, from number `position` on, flat and row-major; they are worked out in the copy.
+
+    Who writes them is who holds elements of those blocks: `tensor` and `first_element` say where.
+    """
+
+    matrix: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """A rectangle of a matrix, and where its rows lie in the local part of `tensor` and in some other place.
+
+    Row i of it begins at element `element + i * element_step` of the flat tensor, and at `place + i * place_step`.
+    """
+
+    tensor: str
+    row: int
+    rows: int
+    column: int
+    columns: int
+    element: int
+    element_step: int
+    place: int
+    place_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """A matrix that is saved in fp8: what of it this rank holds (`patches`), and which rows of blocks ranks share.
+
+    `shared`: `(first row of blocks, how many, place of their first block in the table)`. The table has the blocks that
+    no rank may hold alone, of all matrices; all ranks number it alike.
+    """
+
+    rows: int
+    columns: int
+    patches: tuple[Patch, ...]
+    shared: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """The matrices, by key, of which this rank holds anything, and the length of the table of shared blocks."""
+
+    matrices: Mapping[str, Matrix]
+    shared_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
     """Bytes known from the layout alone (a safetensors header), put into the arena once."""
 

@@ -22,7 +22,7 @@ STAGES = {"state", "layout", "snapshot", "writer", "commit", "catalog", "load", 
 LEVELS = (
     {"errors", "sketch"},
     {"fields", "names", "records"},
-    {"durable", "manifest", "policies", "provenance", "receipts", "tree", "wrappers"},
+    {"durable", "manifest", "patches", "policies", "provenance", "receipts", "tree", "wrappers"},
     {"options"},
     STAGES,
     {"export", "resumable", "save", "start"},

@@ -23,9 +23,10 @@ from stillframe.errors import LayoutError, UnsupportedModel
 from stillframe.layout.casting import Cast, cast_keys, saved_dtype
 from stillframe.layout.keys import Key, KeyMap, runtime_tensors, save_keys
 from stillframe.layout.placement import Holding, Holdings
+from stillframe.layout.quantizing import held_blocks, quantize_keys
 from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.shares import PlacedItem, rank_share
-from stillframe.records import FileLayout, InlineFile, Item, Layout, RankShare
+from stillframe.records import Blocks, FileLayout, InlineFile, Item, Layout, RankShare
 from stillframe.sketch import Sketch
 from stillframe.wrappers import unwrapped_module, without_wrappers
 
@@ -61,7 +62,8 @@ class HuggingFacePlan:
 
     `config_dtype` is the model's dtype in the files, as config.json says it; None for a module that is no
     PreTrainedModel and has no config. `items`, `sources` and `holdings` are what
-    the share was made of, for a save that shares it out otherwise (`together`).
+    the share was made of, for a save that shares it out otherwise (`together`). `blocks` and `left_alone` (modules, as
+    config.json names them) are those of a plan in fp8, else None.
     """
 
     layout: Layout
@@ -71,6 +73,8 @@ class HuggingFacePlan:
     items: Sequence[PlacedItem]
     sources: Sequence[str]
     holdings: Mapping[str, Holding]
+    blocks: Blocks | None = None
+    left_alone: tuple[str, ...] | None = None
 
 
 def plan_huggingface(
@@ -130,6 +134,12 @@ def _plan(
     if cast is not None:
         key_map = cast_keys(model, tensors, key_map, cast)
     parameters = {id(p): p for p in model.parameters()}
+    config_dtype = None
+    if isinstance(model, PreTrainedModel):
+        config_dtype = model.dtype if cast is None else saved_dtype(model, tensors, key_map)
+    left_alone = None
+    if cast is not None and cast.fp8_but is not None:
+        key_map, left_alone = quantize_keys(model, tensors, key_map, (*cast.keep, *cast.fp8_but))
     held = Holdings(rank=rank, world_size=world_size)
     holdings = {name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()}
     layout, items = lay_out(
@@ -143,9 +153,6 @@ def _plan(
     described = [(n, f"{tuple(t.shape)} {t.dtype} {holdings[n].signature}") for n, t in tensors.items()]
     layout = replace(layout, sketch=Sketch.of(described))
     share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
-    config_dtype = None
-    if isinstance(model, PreTrainedModel):
-        config_dtype = model.dtype if cast is None else saved_dtype(model, tensors, key_map)
     return HuggingFacePlan(
         layout=layout,
         share=share,
@@ -154,6 +161,8 @@ def _plan(
         items=items,
         sources=key_map.sources,
         holdings=holdings,
+        blocks=None if left_alone is None else held_blocks(key_map, tensors, held, holdings),
+        left_alone=left_alone,
     )
 
 
@@ -214,6 +223,8 @@ def lay_out(
                     runs=key.runs,
                     element_bytes=key.dtype.itemsize,
                     cast_to=_cast_to(key, source_dtypes),
+                    matrix=key.matrix,
+                    are_scales=key.matrix not in (None, key.name),
                 )
             )
             listed.append(Item(name=key.name, file_offset=position, length_bytes=length))
@@ -244,7 +255,7 @@ def lay_out(
 
 
 def _cast_to(key: Key, source_dtypes: Sequence[torch.dtype]) -> str | None:
-    if not len(key.runs) or source_dtypes[int(key.runs.source[0])] == key.dtype:
+    if not len(key.runs) or (key.matrix is None and source_dtypes[int(key.runs.source[0])] == key.dtype):
         return None
     return str(key.dtype).removeprefix("torch.")
 

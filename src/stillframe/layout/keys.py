@@ -43,6 +43,9 @@ class Key:
 
     `runs` tile the key in row-major order, in elements; `Runs.source` indexes `KeyMap.sources`. `block` identifies the
     storage that `save_pretrained` would hold it in, of `block_bytes` bytes: the unit by which it shards files.
+
+    `matrix`: for a weight that is saved in fp8 its own name; for its scales the weight's, and the runs then only say
+    who writes them.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Key:
     runs: Runs
     block: int
     block_bytes: int
+    matrix: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from stillframe.errors import UnsupportedPlacement
-from stillframe.layout.intervals import DimShards, Intervals, held_along, order_matters, partitions
+from stillframe.layout.intervals import DimShards, Intervals, borders, held_along, order_matters, partitions
 from stillframe.layout.meshes import MeshPlace, place_in_mesh, replicas_at
-from stillframe.layout.runs import Runs, coalesce, strided
+from stillframe.layout.runs import Ints, Runs, coalesce, strided
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +129,13 @@ class Holdings:
             parts = (Part(replicas=replicas, boxes=(whole,)),) if self._rank in replicas else ()
             self._spreads[key] = Spread(parts=parts, signature=f"replicas={len(replicas)}")
         return self._spreads[key]
+
+    def borders(self, name: str, tensor: torch.Tensor) -> tuple[Ints, ...]:
+        """For each dimension the indices, ascending, where what another rank holds begins; the same on all ranks."""
+        if not isinstance(tensor, DTensor):
+            return (np.zeros(0, dtype=np.int64),) * tensor.dim()
+        distribution = self._distribution(name, tensor)
+        return tuple(borders(n, shards) for n, shards in zip(distribution.shape, distribution.shards, strict=True))
 
     def _distribution(self, name: str, tensor: DTensor) -> _Distribution:
         mesh, placements, shape = tensor.device_mesh, tuple(tensor.placements), tuple(tensor.shape)

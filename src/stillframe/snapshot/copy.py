@@ -9,8 +9,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from stillframe.records import Copy, Envelope
+from stillframe.records import Blocks, Copy, Envelope, QuantizedCopy, ScalesCopy
 from stillframe.snapshot.arena import Arena
+from stillframe.snapshot.exchange import Exchange
+from stillframe.snapshot.quantize import Quantizer
 
 
 class Snapshotter:
@@ -18,18 +20,29 @@ class Snapshotter:
 
     `tensors` are the model's own objects (parameters, buffers), by the names that `copies` use. Their memory is looked
     up in each copy: it may move (`model.to`, an optimizer that swaps `.data`), and must not be kept from being freed.
+    `blocks`, and where any are shared `exchange`, are for copies that are quantized.
     """
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], copies: Sequence[Copy], envelopes: Sequence[Envelope], arena: Arena
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        copies: Sequence[Copy],
+        envelopes: Sequence[Envelope],
+        arena: Arena,
+        *,
+        blocks: Blocks | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self._arena = arena
+        self._quantizer = None if blocks is None else Quantizer(copies, blocks, arena, exchange)
+        copies = [copy for copy in copies if not isinstance(copy, QuantizedCopy | ScalesCopy)]
         self._copies = copies
-        used = {copy.tensor for copy in copies}
+        used = {copy.tensor for copy in copies} | (self._quantizer.tensors if self._quantizer is not None else set())
         self._tensors = {name: tensor for name, tensor in tensors.items() if name in used}
         self._targets = [_target(arena, copy, self._tensors[copy.tensor].dtype) for copy in copies]
         self._envelopes = envelopes
         self.staged_bytes = sum(t.nbytes for t in self._targets) + sum(len(e.content) for e in envelopes)
+        self.staged_bytes += self._quantizer.staged_bytes if self._quantizer is not None else 0
 
     def lay_envelopes(self) -> None:
         """Put the bytes that are known from the layout into the arena; once, until somebody else has used it."""
@@ -41,11 +54,14 @@ class Snapshotter:
     def copy(self) -> None:
         """Copy this rank's share of the tensors into the arena; when it returns, the tensors may change again.
 
-        Blocks for the copy. Ordered after all work queued on the current stream of the tensors' device.
+        Blocks for the copy; where blocks of fp8 are shared, until all ranks take theirs. Ordered after all work queued
+        on the current stream of the tensors' device.
         """
         flat = {name: local_of(t).detach().contiguous().view(-1) for name, t in self._tensors.items()}
         if self._targets:
             torch._foreach_copy_(self._targets, [_origin(flat[copy.tensor], copy) for copy in self._copies])
+        if self._quantizer is not None:
+            self._quantizer.copy(flat)
 
 
 def _target(arena: Arena, copy: Copy, dtype: torch.dtype) -> torch.Tensor:
