@@ -59,7 +59,7 @@ def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = blocks.abs().amax(dim=(1, 3))
     factor = torch.where(largest > 0, 448.0 / largest, 1.0)
     values = (blocks * factor[:, None, :, None]).clamp(-448, 448).to(FP8)
-    return values.view(whole.shape)[:rows, :columns], 1.0 / factor
+    return values.view(whole.shape)[:rows, :columns].contiguous(), 1.0 / factor
 
 
 def dequantized(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

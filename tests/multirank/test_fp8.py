@@ -1,23 +1,28 @@
-"""Exports in fp8 have the bits of quantizing the whole model in one place, however it is distributed."""
+"""Exports in fp8 have the bits of quantizing the whole model in one place, however it is distributed; loading them."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 import stillframe
+from stillframe.errors import SaveFailed
 from stillframe.testing import run_ranks
-from tests.multirank.fp8 import assert_same_bits, expected, moe_with_partial_blocks, saved
+from tests.multirank.fp8 import SCALES, assert_same_bits, dequantized, expected, moe_with_partial_blocks, saved
+from tests.multirank.test_load import local_of
 from tests.multirank.test_parallelism import LINEARS
 
 IN_FP8 = re.compile(r"\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj)\.weight")
@@ -125,3 +130,95 @@ def test_the_bits_are_those_of_the_whole_model(how: str, tmp_path: Path) -> None
         assert_same_bits(saved(tmp_path / "run" / f"hf-{step}"), expected(whole, in_fp8))
         for parameter in model.parameters():
             parameter.data.mul_(3)
+
+
+def _write_whole(directory: Path) -> dict[str, torch.Tensor]:
+    """An export in fp8 as a few lines of torch write it; returns the model's tensors as it should be loaded."""
+    model = moe_with_partial_blocks(seed=1)
+    model.save_pretrained(directory)
+    whole = saved(directory)
+    tensors = expected(whole, {key for key in whole if IN_FP8.search(key)})
+    save_file(tensors, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (directory / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def _load(directory: Path, how: str, dtype: torch.dtype) -> tuple[int, int, dict[str, torch.Tensor]]:
+    model = DISTRIBUTED[how][1](moe_with_partial_blocks(seed=2, dtype=dtype))
+    report = stillframe.load_hf(directory, model)
+    elements = sum(local_of(parameter).numel() for parameter in model.parameters())
+    found = {name.removeprefix("module."): tensor for name, tensor in model.state_dict().items()}
+    return report.bytes_read, elements, {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in found.items()}
+
+
+@pytest.mark.parametrize("how", ["alone", "fsdp 3", "by columns", "ddp", "tp", "fsdp ep"])
+def test_it_is_loaded_into_any_mesh(how: str, tmp_path: Path) -> None:
+    stored = _write_whole(tmp_path)
+    dtype = torch.bfloat16 if how == "fsdp 3" else torch.float32
+    plain = {
+        key: dequantized(tensor, stored[key + SCALES], dtype) if key + SCALES in stored else tensor.to(dtype)
+        for key, tensor in stored.items()
+        if not key.endswith(SCALES)
+    }
+    whole = moe_with_partial_blocks(dtype=dtype)
+    whole.load_state_dict(_fused(plain))
+    scales_bytes = sum(tensor.nbytes for key, tensor in stored.items() if key.endswith(SCALES))
+    for bytes_read, elements, found in run_ranks(DISTRIBUTED[how][0], _load, tmp_path, how, dtype):
+        assert_same_bits(found, whole.state_dict())
+        # Of what it holds a byte each, and another of what is in bfloat16 (embeddings, norms); and scales.
+        in_bfloat16 = sum(t.numel() for t in stored.values() if t.dtype == torch.bfloat16)
+        assert elements < bytes_read <= elements + in_bfloat16 + scales_bytes
+
+
+def _fused(keys: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Experts as the model has them."""
+    found = {key: tensor for key, tensor in keys.items() if ".experts." not in key}
+    prefix = "model.layers.1.mlp.experts."
+    gate, up, down = (
+        torch.stack([keys[f"{prefix}{e}.{name}_proj.weight"] for e in range(4)]) for name in ("gate", "up", "down")
+    )
+    return {**found, f"{prefix}gate_up_proj": torch.cat([gate, up], dim=1), f"{prefix}down_proj": down}
+
+
+def _fail_early(run_dir: Path) -> str:
+    """A rank whose snapshot fails before it comes to the others, which wait for it."""
+    model = _fsdp(moe_with_partial_blocks())
+    with stillframe.Checkpointer(run_dir, model=model, save_dtype="fp8") as ckpt:
+        metrics = {"loss": "high"} if dist.get_rank() == 0 else {"loss": 1.0}
+        with pytest.raises(SaveFailed) as failed:
+            ckpt.save_hf(1, metrics=metrics)
+        ckpt.save_hf(2)
+    return str(failed.value)
+
+
+def test_a_rank_that_fails_before_the_exchange_keeps_nobody_waiting(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _fail_early, tmp_path)
+    assert "metrics: 'loss' must be a number" in first
+    assert "rank 0 failed in its snapshot" in second or "metrics" in second
+    assert not (tmp_path / "hf-1").exists()
+    assert (tmp_path / "hf-2").is_dir()
+
+
+def _late(run_dir: Path) -> list[str]:
+    """Rank 1 comes when rank 0 has given up; then no exchange is begun any more."""
+    model = _fsdp(moe_with_partial_blocks())
+    messages = []
+    with stillframe.Checkpointer(run_dir, model=model, save_dtype="fp8", save_timeout_s=2) as ckpt:
+        if dist.get_rank() == 1:
+            dist.barrier()
+        for step in (1, 2):
+            with pytest.raises(SaveFailed) as failed:
+                ckpt.save_hf(step)
+            messages.append(str(failed.value))
+        if dist.get_rank() == 0:
+            dist.barrier()
+    return messages
+
+
+def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_said(tmp_path: Path) -> None:
+    for first, second in run_ranks(2, _late, tmp_path):
+        assert "did every rank call the save?" in first
+        assert "failed before" in second
+    assert not list(tmp_path.glob("hf-*"))

@@ -40,8 +40,15 @@ def open_weights(directory: Path) -> Iterator[tuple[WeightFile, ...]]:
     Raises NotACheckpoint where there are no weights to read or the directory was not published, CorruptCheckpoint where
     files are truncated or contradict themselves, the index or `stillframe.json`.
     """
+    with open_folder(directory) as place, weights_in(place) as files:
+        yield files
+
+
+@contextmanager
+def weights_in(place: Folder) -> Iterator[tuple[WeightFile, ...]]:
+    """`open_weights` of a directory that is open already."""
+    directory = place.path
     with ExitStack() as stack:
-        place = stack.enter_context(open_folder(directory))
         weight_map = _weight_map(place)
         names = sorted(set(weight_map.values())) if weight_map is not None else [WEIGHTS_NAME]
         opened: dict[str, int] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,9 @@ from stillframe.layout.huggingface import unwrapped
 from stillframe.layout.placement import Holding
 from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.runs import Runs, overlap
-from stillframe.load.directory import WeightFile, open_weights
-from stillframe.load.folder import listed
+from stillframe.load.dequantizing import find_quantized
+from stillframe.load.directory import WeightFile, weights_in
+from stillframe.load.folder import Folder, listed, open_folder
 from stillframe.load.keys import load_keys
 from stillframe.load.local import local_part, local_runs, own_holdings
 from stillframe.load.matching import Match, Target, match
@@ -65,7 +66,9 @@ def load_hf(
     error on one rank is not known to the others.
 
     Values are bit-identical where dtypes agree. Floating-point numbers of 16 bits and more are cast to the model's
-    dtype as `Tensor.copy_` does; any other difference of dtypes is refused. Tied weights may be stored under any or all
+    dtype as `Tensor.copy_` does. Weights in fp8 with a scale for each block (config.json: `quantization_config`, of any
+    `weight_block_size`) are multiplied by their scales in float32, and that is cast; of the scales, too, each rank
+    reads what it needs. Any other difference of dtypes is refused. Tied weights may be stored under any or all
     of their names. How the model is saved later does not depend on what was loaded, other than with `from_pretrained`.
 
     A model on the meta device needs memory first: `model.to_empty(device=...)` and `model.tie_weights()`. After the
@@ -81,9 +84,9 @@ def load_hf(
     rules = key_rules(key_mapping)
     inner = _loadable(unwrapped(model, any_module=rules is not None))
     mapping = None if rules is None else KeyMapping(rules=rules)
-    with open_weights(Path(directory)) as files:
+    with open_folder(Path(directory)) as place, weights_in(place) as files:
         with without_wrappers(inner):
-            found, reader = _plan(Path(directory), files, inner, strict, mapping)
+            found, reader = _plan(place, files, inner, strict, mapping)
         holdings = own_holdings()
         # A buffer, too, is held by every rank: each must get its values.
         held = {t.name: holdings.of(t.name, t.tensor, is_parameter=True) for t in found.targets}
@@ -108,7 +111,7 @@ def _loadable(model: nn.Module) -> nn.Module:
 
 
 def _plan(
-    directory: Path, files: Sequence[WeightFile], model: nn.Module, strict: bool, mapping: KeyMapping | None
+    place: Folder, files: Sequence[WeightFile], model: nn.Module, strict: bool, mapping: KeyMapping | None
 ) -> tuple[Match, Reader]:
     state = model.state_dict(keep_vars=True)  # also shards what an evaluation left gathered by FSDP
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
@@ -121,13 +124,19 @@ def _plan(
             f"{listed(empty)}. First call model.to_empty(device=...) and model.tie_weights(), and model.init_weights() "
             "after the load"
         )
-    stored = {tensor.name: tensor for file in files for tensor in file.tensors}
+    quantized = find_quantized(place, {tensor.name: tensor for file in files for tensor in file.tensors})
+    stored = quantized.as_floats
     keys = load_keys(model, state, stored, mapping)
+    keys = replace(
+        keys,
+        unexpected={**keys.unexpected, **{key: (key,) for key in quantized.unpaired}},
+        unfit={**keys.unfit, **quantized.unfit},
+    )
     found = match(model, state, keys, stored)
     differences = found.differences(strict=strict)
     if differences:
-        raise ModelMismatch(f"{directory} does not fit {type(model).__name__}: {differences}")
-    return found, Reader(files, keys.sources)
+        raise ModelMismatch(f"{place.path} does not fit {type(model).__name__}: {differences}")
+    return found, Reader(files, keys.sources, scales=quantized.scales)
 
 
 @torch.no_grad()
