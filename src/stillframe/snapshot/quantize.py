@@ -17,7 +17,7 @@ from stillframe.records import Blocks, Copy, Patch, QuantizedCopy, ScalesCopy
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.exchange import Exchange
 
-PIECE_ELEMENTS = 1 << 20
+PIECE_ELEMENTS = 1 << 18
 """How many elements are worked on at once, a row at least; each takes 4 bytes, and 1 as it is stored, beside the model
 and the arena."""
 
