@@ -10,18 +10,27 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import stillframe
 from stillframe.errors import SaveFailed
-from stillframe.testing import run_ranks
-from tests.multirank.fp8 import SCALES, assert_same_bits, dequantized, expected, moe_with_partial_blocks, saved
+from stillframe.testing import run_process, run_ranks
+from tests.multirank.fp8 import (
+    FP8,
+    SCALES,
+    assert_same_bits,
+    dequantized,
+    expected,
+    model_of_whole_blocks,
+    moe_with_partial_blocks,
+    saved,
+)
 from tests.multirank.test_load import local_of
 from tests.multirank.test_parallelism import LINEARS
 
@@ -222,3 +231,45 @@ def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_said(tmp_path: P
         assert "did every rank call the save?" in first
         assert "failed before" in second
     assert not list(tmp_path.glob("hf-*"))
+
+
+def _save_whole_blocks(run_dir: Path) -> None:
+    model = _fsdp(model_of_whole_blocks())
+    with stillframe.Checkpointer(run_dir, model=model, save_dtype="fp8", keep_in_bf16="layers.1.mlp") as ckpt:
+        ckpt.save_hf(1)
+
+
+def _from_pretrained(directory: Path, result_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        assert model(torch.arange(8)[None]).logits.isfinite().all()
+    save_file(model.state_dict(), result_path)
+
+
+def test_transformers_loads_it_in_a_process_of_its_own(tmp_path: Path) -> None:
+    run_ranks(3, _save_whole_blocks, tmp_path)
+    path = tmp_path / "hf-1"
+    left_alone = ["lm_head", *(f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")), "model.embed_tokens"]
+    config = json.loads((path / "config.json").read_text())
+    assert sorted(config["quantization_config"].pop("modules_to_not_convert")) == sorted(left_alone)
+    assert (config["dtype"], config["quantization_config"]) == (
+        "bfloat16",
+        {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    )
+    run_process(_from_pretrained, path, tmp_path / "found.safetensors")
+    found = load_file(tmp_path / "found.safetensors")
+    stored = saved(path)
+    assert sum(tensor.dtype == FP8 for tensor in stored.values()) == 2 * 7 - 3
+    plain = {
+        key: dequantized(tensor, stored[key + SCALES], torch.bfloat16) if key + SCALES in stored else tensor
+        for key, tensor in stored.items()
+        if not key.endswith(SCALES)
+    }
+    assert_same_bits(found, plain)
+    ours = model_of_whole_blocks(seed=3).to(torch.bfloat16)
+    stillframe.load_hf(path, ours)
+    assert_same_bits(ours.state_dict(), found)
+    before = model_of_whole_blocks().state_dict()
+    for key, tensor in found.items():
+        error = (tensor.float() - before[key]).norm() / before[key].norm()
+        assert 0 < error < 0.04, key
