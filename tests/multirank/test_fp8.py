@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import stillframe
-from stillframe.errors import SaveFailed
+from stillframe.errors import SaveFailed, StillframeError
+from stillframe.snapshot.exchange import Exchange
 from stillframe.testing import run_process, run_ranks
 from tests.multirank.fp8 import (
     FP8,
@@ -210,27 +211,32 @@ def test_a_rank_that_fails_before_the_exchange_keeps_nobody_waiting(tmp_path: Pa
     assert (tmp_path / "hf-2").is_dir()
 
 
-def _late(run_dir: Path) -> list[str]:
-    """Rank 1 comes when rank 0 has given up; then no exchange is begun any more."""
-    model = _fsdp(moe_with_partial_blocks())
+def _exchange() -> list[str]:
+    """Two exchanges of both ranks, with and without what they may share; then rank 1 does not come any more."""
+    rank = dist.get_rank()
+    exchange = Exchange(3.0)
+    table = torch.tensor([rank, 5 - rank, torch.nan if rank else 1.0]).view(torch.int32)
+    exchange.largest(table)
+    assert table.view(torch.float32)[:2].tolist() == [1.0, 5.0]
+    assert table.view(torch.float32)[2].isnan()
     messages = []
-    with stillframe.Checkpointer(run_dir, model=model, save_dtype="fp8", save_timeout_s=2) as ckpt:
-        if dist.get_rank() == 1:
-            dist.barrier()
-        for step in (1, 2):
-            with pytest.raises(SaveFailed) as failed:
-                ckpt.save_hf(step)
-            messages.append(str(failed.value))
-        if dist.get_rank() == 0:
-            dist.barrier()
+    with pytest.raises(StillframeError) as differ:
+        exchange.largest(table[: 2 + rank])
+    messages.append(str(differ.value))
+    for _ in range(2) if rank == 0 else ():
+        with pytest.raises(StillframeError) as late:
+            exchange.largest(table)
+        messages.append(str(late.value))
+    dist.barrier()
+    exchange.close()
     return messages
 
 
-def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_said(tmp_path: Path) -> None:
-    for first, second in run_ranks(2, _late, tmp_path):
-        assert "did every rank call the save?" in first
-        assert "failed before" in second
-    assert not list(tmp_path.glob("hf-*"))
+def test_every_wait_of_an_exchange_is_bounded() -> None:
+    (differ, late, broken), (same,) = run_ranks(2, _exchange)
+    assert differ == same == "ranks share between 2 and 3 blocks of fp8: their models differ"
+    assert "did every rank call the save?" in late
+    assert "failed before" in broken
 
 
 def _save_whole_blocks(run_dir: Path) -> None:
