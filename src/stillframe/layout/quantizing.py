@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -102,7 +104,11 @@ def held_blocks(
 
     No communication: every rank numbers the table of shared blocks alike, from placements alone.
     """
-    borders = {name: held.borders(name, tensors[name]) for name in key_map.sources}
+    sources = [
+        _Source(name, tuple(tensors[name].shape), held.borders(name, tensors[name]), holdings[name].runs)
+        for name in key_map.sources
+    ]
+    known: dict[object, list[tuple[int, int]]] = {}  # most matrices of a model are cut like many others
     matrices = {}
     place = 0
     for key in key_map.keys:
@@ -110,10 +116,10 @@ def held_blocks(
             continue
         rows, columns = key.shape
         shared = []
-        for first, count in _cut_rows(key, [borders[n] for n in key_map.sources], key_map.sources, tensors):
+        for first, count in _cut_rows(key, sources, known):
             shared.append((first, count, place))
             place += count * block_count(columns)
-        patches = patches_of(_held_runs(key, key_map.sources, holdings), columns)
+        patches = patches_of(_held_runs(key, sources), columns)
         if patches:
             matrices[key.name] = Matrix(rows=rows, columns=columns, patches=tuple(patches), shared=tuple(shared))
     return Blocks(matrices=matrices, shared_count=place)
@@ -134,15 +140,24 @@ def _quantized(key: Key, block: int) -> tuple[Key, Key]:
     """The weight and its scales. They are one storage block, so that they are in one file."""
     rows, columns = key.shape
     shape = (block_count(rows), block_count(columns))
-    index = np.arange(shape[0], dtype=np.int64)
     # The scales of a row of blocks belong to who holds the beginning of its first row (there is one element for each).
-    first = Runs(index * shape[1], np.zeros_like(index), index * BLOCK * columns, np.full_like(index, shape[1]))
+    first = _row_beginnings(rows, columns)
+    if len(key.runs) == 1:
+        source, source_start = np.repeat(key.runs.source, shape[0]), key.runs.source_start + first.source_start
+        first = Runs(first.start, source, source_start, first.length)
+    else:
+        first = compose(first, key.runs)
     block_bytes = rows * columns * FP8.itemsize + math.prod(shape) * torch.float32.itemsize
     weight = replace(key, dtype=FP8, block=block, block_bytes=block_bytes, matrix=key.name)
-    scales = replace(
-        weight, name=key.name + SCALES_SUFFIX, dtype=torch.float32, shape=shape, runs=compose(first, key.runs)
-    )
+    scales = replace(weight, name=key.name + SCALES_SUFFIX, dtype=torch.float32, shape=shape, runs=first)
     return weight, scales
+
+
+@lru_cache(maxsize=256)
+def _row_beginnings(rows: int, columns: int) -> Runs:
+    """The scales of a matrix -> as many elements of it, at the beginning of each row of blocks."""
+    index, across = np.arange(block_count(rows), dtype=np.int64), block_count(columns)
+    return Runs(index * across, np.zeros_like(index), index * BLOCK * columns, np.full_like(index, across))
 
 
 def _left_alone(keys: Sequence[Key], untouched: set[str]) -> tuple[str, ...]:
@@ -158,8 +173,17 @@ def _left_alone(keys: Sequence[Key], untouched: set[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*sorted(untouched), *found]))
 
 
+class _Source(NamedTuple):
+    """A tensor of the model: its name and shape, where what another rank holds begins, and what this rank holds."""
+
+    name: str
+    shape: tuple[int, ...]
+    borders: tuple[Ints, ...]
+    held: Runs
+
+
 def _cut_rows(
-    key: Key, borders: Sequence[tuple[Ints, ...]], sources: Sequence[str], tensors: Mapping[str, torch.Tensor]
+    key: Key, sources: Sequence[_Source], known: dict[object, list[tuple[int, int]]]
 ) -> list[tuple[int, int]]:
     """The rows of blocks, as `(first, count)`, that a border between ranks may cut; all, where columns are cut too.
 
@@ -168,40 +192,61 @@ def _cut_rows(
     """
     rows, columns = key.shape
     every = [(0, block_count(rows))]
-    used = [borders[source] for source in np.unique(key.runs.source).tolist()]
-    if not any(len(along) for of_source in used for along in of_source):
+    used = [sources[number] for number in dict.fromkeys(key.runs.source.tolist())]
+    if not any(len(along) for source in used for along in source.borders):
         return []
     if len(key.runs) > _MAX_RUNS:
         return every
-    cuts: list[Ints] = []
+    pieces = []
     runs = (key.runs.start, key.runs.source, key.runs.source_start, key.runs.length)
-    for start, source, source_start, length in zip(*(column.tolist() for column in runs), strict=True):
-        shape = tensors[sources[source]].shape
+    for start, number, source_start, length in zip(*(column.tolist() for column in runs), strict=True):
+        shape, borders = sources[number].shape, sources[number].borders
         if len(shape) < 2 or shape[-1] != columns or any(n % columns for n in (start, source_start, length)):
             return every
         first, count = source_start // columns % shape[-2], length // columns
-        if first + count > shape[-2] or len(borders[source][-1]):
+        if first + count > shape[-2] or len(borders[-1]):
             return every
-        along = borders[source][-2]
-        inside = along[(along > first) & (along < first + count)]
-        # Where a run begins, elements of another tensor begin, which another rank may hold.
-        cuts.append(np.append(inside - first, 0) + start // columns)
-    cut = np.unique(np.concatenate(cuts))
+        pieces.append((start // columns, borders[-2], first, count))
+    name = tuple((start, id(along), first, count) for start, along, first, count in pieces)
+    if name not in known:
+        known[name] = _blocks_with_cuts(pieces)
+    return known[name]
+
+
+def _blocks_with_cuts(pieces: Sequence[tuple[int, Ints, int, int]]) -> list[tuple[int, int]]:
+    """The rows of blocks with a border inside: of a matrix made of pieces `(first row, borders of the tensor that it
+    comes from, first row there, rows)`. Where a piece begins, elements of another tensor do, which others may hold.
+    """
+    cuts = [
+        np.append(along[(along > first) & (along < first + count)] - first, 0) + start
+        for start, along, first, count in pieces
+    ]
+    cut = np.concatenate(cuts)
     blocks = np.unique(cut[cut % BLOCK != 0] // BLOCK)
     groups = np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1)
     return [(int(group[0]), len(group)) for group in groups if len(group)]
 
 
-def _held_runs(key: Key, sources: Sequence[str], holdings: Mapping[str, Holding]) -> list[MatrixRun]:
+def _held_runs(key: Key, sources: Sequence[_Source]) -> list[MatrixRun]:
     """What this rank holds of a key, ascending."""
     found = []
-    for source in np.unique(key.runs.source).tolist():
-        wanted, mine = key.runs, holdings[sources[source]].runs
-        of_source = wanted.source == source
-        start, source_start = wanted.start[of_source], wanted.source_start[of_source]
-        a, b, begin, length = overlap(source_start, wanted.length[of_source], mine.start, mine.length)
-        position = start[a] + begin - source_start[a]
-        element = mine.source_start[b] + begin - mine.start[b]
-        for p, e, n in zip(position.tolist(), element.tolist(), length.tolist(), strict=True):
-            found.append(MatrixRun(sources[source], p, e, e, n))
+    for number in dict.fromkeys(key.runs.source.tolist()):
+        source, wanted = sources[number], key.runs
+        of_source = wanted.source == number
+        start, source_start, length = (c[of_source] for c in (wanted.start, wanted.source_start, wanted.length))
+        mine = source.held
+        if len(mine) == 1 == len(length):  # nearly always, and much faster without arrays
+            low = max(int(source_start[0]), int(mine.start[0]))
+            high = min(int(source_start[0] + length[0]), int(mine.start[0] + mine.length[0]))
+            element = int(mine.source_start[0]) + low - int(mine.start[0])
+            position = int(start[0]) + low - int(source_start[0])
+            found += [MatrixRun(source.name, position, element, element, high - low)] if low < high else []
+            continue
+        a, b, begin, count = overlap(source_start, length, mine.start, mine.length)
+        positions = start[a] + begin - source_start[a]
+        elements = mine.source_start[b] + begin - mine.start[b]
+        found += [
+            MatrixRun(source.name, p, e, e, n)
+            for p, e, n in zip(positions.tolist(), elements.tolist(), count.tolist(), strict=True)
+        ]
     return sorted(found, key=lambda run: run.position)

@@ -8,14 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3NextConfig
 
 from stillframe.errors import UnsupportedModel
 from stillframe.layout.casting import Cast
 from stillframe.layout.huggingface import HuggingFacePlan, plan_huggingface
+from stillframe.layout.keys import Key, KeyMap
+from stillframe.layout.placement import Holdings
+from stillframe.layout.quantizing import held_blocks
 from stillframe.layout.renaming import KeyMapping
+from stillframe.layout.runs import Runs
 from stillframe.testing.models import tiny_qwen3, tiny_qwen3_moe, tiny_qwen3_vl_moe
 from tests.playing import playing
 
@@ -127,6 +132,54 @@ def test_what_has_no_config_or_nothing_to_quantize_is_refused() -> None:
     model.model.layers[1].mlp.up_proj.register_buffer("weight_scale_inv", torch.ones(1))
     with pytest.raises(UnsupportedModel, match=r"layers\.1\.mlp\.up_proj\.weight_scale_inv"):
         plan(model, fp8())
+
+
+@pytest.mark.parametrize(("world_size", "shared"), [(1, ()), (2, ((0, 3, 0),))])
+def test_a_key_made_of_columns_of_two_tensors_shares_all_its_blocks(world_size: int, shared: object) -> None:
+    runs = Runs.of([(200 * row + 100 * s, s, 100 * row, 100) for row in range(300) for s in (0, 1)])
+    key = Key(
+        name="k.weight",
+        dtype=torch.float8_e4m3fn,
+        shape=(300, 200),
+        runs=runs,
+        block=0,
+        block_bytes=1,
+        matrix="k.weight",
+    )
+    with playing(0, world_size):
+        mesh = init_device_mesh("cpu", (world_size,))
+        tensors = {name: distribute_tensor(torch.zeros(300, 100), mesh, [Shard(0)]) for name in "ab"}
+        held = Holdings(rank=0, world_size=world_size)
+        holdings = {name: held.of(name, tensor, is_parameter=True) for name, tensor in tensors.items()}
+        blocks = held_blocks(KeyMap(sources=("a", "b"), keys=(key,)), tensors, held, holdings)
+    assert blocks.matrices["k.weight"].shared == shared
+    assert blocks.shared_count == (0 if world_size == 1 else 3 * 2)
+    patches = [(p.tensor, p.row, p.rows, p.column, p.columns) for p in blocks.matrices["k.weight"].patches]
+    rows = 300 // world_size
+    assert sum(p[2] * p[4] for p in patches) == rows * 200
+    assert {p[0]: p[3] for p in patches} == {"a": 0, "b": 100}
+
+
+def test_a_key_made_of_rows_of_two_tensors_shares_where_they_meet() -> None:
+    runs = Runs.of([(0, 0, 0, 300 * 10), (300 * 10, 1, 0, 128 * 10)])
+    key = Key(
+        name="k.weight",
+        dtype=torch.float8_e4m3fn,
+        shape=(428, 10),
+        runs=runs,
+        block=0,
+        block_bytes=1,
+        matrix="k.weight",
+    )
+    with playing(1, 2):
+        mesh = init_device_mesh("cpu", (2,))
+        tensors = {n: distribute_tensor(torch.zeros(r, 10), mesh, [Shard(0)]) for n, r in (("a", 300), ("b", 128))}
+        held = Holdings(rank=1, world_size=2)
+        holdings = {name: held.of(name, tensor, is_parameter=True) for name, tensor in tensors.items()}
+        blocks = held_blocks(KeyMap(sources=("a", "b"), keys=(key,)), tensors, held, holdings)
+    # Borders at rows 150 and 364 (300 + 64), and the seam at 300: in the second and the third row of blocks.
+    assert blocks.matrices["k.weight"].shared == ((1, 2, 0),)
+    assert [(p.tensor, p.row, p.rows) for p in blocks.matrices["k.weight"].patches] == [("a", 150, 150), ("b", 364, 64)]
 
 
 def sharded(model: PreTrainedModel, dim: int) -> PreTrainedModel:
