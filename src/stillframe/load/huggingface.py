@@ -62,7 +62,7 @@ def load_hf(
 
     Each rank reads only the bytes that it holds (of a transposed tensor, such as the experts of Qwen3-VL-MoE in the
     Hub's layout: the matrices that it holds any part of). Extra memory is 16 MiB, plus one such matrix, plus a copy of
-    a tensor whose memory is not contiguous. There is no communication: every rank calls this, each for itself, and an
+    a tensor whose memory is not contiguous; of fp8 5 MiB more, the scales of one weight, and that matrix in float32. There is no communication: every rank calls this, each for itself, and an
     error on one rank is not known to the others.
 
     Values are bit-identical where dtypes agree. Floating-point numbers of 16 bits and more are cast to the model's

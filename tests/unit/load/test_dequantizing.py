@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,15 +87,21 @@ def test_only_the_scales_that_are_needed_are_read(tmp_path: Path) -> None:
     assert reader.bytes_read == 600 + 2 * 3 * 4
 
 
-def exported(directory: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    with stillframe.Checkpointer(directory, model=tiny_qwen3(), save_dtype="fp8") as ckpt:
+@pytest.fixture(scope="module")
+def once_exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with stillframe.Checkpointer(tmp_path_factory.mktemp("run"), model=tiny_qwen3(), save_dtype="fp8") as ckpt:
         path = ckpt.save_hf(1)
-    (path / "stillframe.json").unlink()
-    return path, load_file(path / WEIGHTS_NAME)
+    (path / "stillframe.json").unlink()  # it has the sizes of the files, which the tests change
+    return path
 
 
-def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
-    path, tensors = exported(tmp_path)
+@pytest.fixture
+def path(once_exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(once_exported, tmp_path / "exported"))
+
+
+def test_everything_that_is_wrong_is_said_at_once(path: Path) -> None:
+    tensors = load_file(path / WEIGHTS_NAME)
     layer = "model.layers.{}.self_attn.q_proj.weight"
     del tensors[layer.format(0) + "_scale_inv"]
     tensors[layer.format(1) + "_scale_inv"] = torch.ones(2, 1)
@@ -114,8 +121,8 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_scales_of_no_weight_are_allowed_where_unexpected_keys_are(tmp_path: Path) -> None:
-    path, tensors = exported(tmp_path)
+def test_scales_of_no_weight_are_allowed_where_unexpected_keys_are(path: Path) -> None:
+    tensors = load_file(path / WEIGHTS_NAME)
     save_file({**tensors, "model.norm.weight_scale_inv": torch.ones(1)}, path / WEIGHTS_NAME)
     report = stillframe.load_hf(path, tiny_qwen3(seed=1), strict=False)
     assert report.unexpected == ("model.norm.weight_scale_inv",)
@@ -125,8 +132,7 @@ def test_scales_of_no_weight_are_allowed_where_unexpected_keys_are(tmp_path: Pat
     "quantization",
     [None, {"quant_method": "fp8"}, {**CONFIG, "weight_block_size": [128, 0]}, {**CONFIG, "quant_method": "other"}],
 )
-def test_without_a_block_size_nothing_is_guessed(quantization: object, tmp_path: Path) -> None:
-    path, _ = exported(tmp_path)
+def test_without_a_block_size_nothing_is_guessed(quantization: object, path: Path) -> None:
     (path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
     with pytest.raises(ModelMismatch, match=r"q_proj\.weight is in fp8 with scales, but config\.json has no"):
         stillframe.load_hf(path, tiny_qwen3())
@@ -135,21 +141,20 @@ def test_without_a_block_size_nothing_is_guessed(quantization: object, tmp_path:
         stillframe.load_hf(path, tiny_qwen3())
 
 
-def test_a_config_that_is_none_is_corrupt(tmp_path: Path) -> None:
-    path, _ = exported(tmp_path)
+def test_a_config_that_is_none_is_corrupt(path: Path) -> None:
     (path / "config.json").write_text("{")
     with pytest.raises(CorruptCheckpoint, match=r"config\.json: is not valid JSON"):
         stillframe.load_hf(path, tiny_qwen3())
 
 
-def test_fp8_is_loaded_under_the_mapping_that_it_was_saved_with(tmp_path: Path) -> None:
+def test_fp8_is_loaded_under_the_mapping_that_it_was_saved_with(path: Path, tmp_path: Path) -> None:
     mapping = {r"^model\.layers\.": "blocks."}
     with stillframe.Checkpointer(tmp_path, model=tiny_qwen3(), save_dtype="fp8", key_mapping=mapping) as ckpt:
-        path = ckpt.save_hf(1)
+        mapped = ckpt.save_hf(1)
     loaded, plain = tiny_qwen3(seed=1), tiny_qwen3(seed=1)
-    stillframe.load_hf(path, loaded, key_mapping=mapping)
-    stored = load_file(path / WEIGHTS_NAME)
-    stillframe.load_hf(exported(tmp_path / "plain")[0], plain)
+    stillframe.load_hf(mapped, loaded, key_mapping=mapping)
+    stored = load_file(mapped / WEIGHTS_NAME)
+    stillframe.load_hf(path, plain)
     assert "blocks.0.mlp.up_proj.weight_scale_inv" in stored
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in plain.state_dict().items())
     up = values(stored["blocks.0.mlp.up_proj.weight"], stored["blocks.0.mlp.up_proj.weight_scale_inv"], (128, 128))
