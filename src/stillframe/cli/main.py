@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_list(commands)
+    _add_inspect(commands)
     _add_verify(commands)
     return parser
 
@@ -124,6 +125,30 @@ def _list(arguments: argparse.Namespace) -> int:
     from stillframe.cli.listing import checkpoints_as_json, format_checkpoints
 
     sys.stdout.write((checkpoints_as_json if arguments.json else format_checkpoints)(arguments.run_dir))
+    return 0
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="say what is in an export or a checkpoint",
+        description=(
+            "Print where the export, checkpoint or snapshot DIR comes from, what it holds and how its ranks shared it; "
+            "from headers and stillframe.json, without reading tensors. Also for directories that others wrote."
+        ),
+        epilog="The fields of --json: docs/format.md.",
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the directory, or a link to it")
+    parser.add_argument("--tensors", action="store_true", help="print a line for each tensor")
+    parser.add_argument("--json", action="store_true", help="print a JSON array with every tensor, for programs")
+    parser.set_defaults(command=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from stillframe.cli.inspecting import format_inspected, inspect, inspected_as_json
+
+    found = inspect(arguments.directory)
+    sys.stdout.write(inspected_as_json(found) if arguments.json else format_inspected(found, tensors=arguments.tensors))
     return 0
 
 

@@ -40,9 +40,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["train", "list", "verify", "--version"]),
+        (["--help"], ["train", "list", "inspect", "verify", "--version"]),
         (["train", "--help"], ["CONFIG.toml", "--set", "torchrun --nproc-per-node", "docs/trainer.md"]),
         (["list", "--help"], ["RUN_DIR", "published", "--json", "docs/retention.md"]),
+        (["inspect", "--help"], ["DIR", "--tensors", "--json", "docs/format.md"]),
         (["verify", "--help"], ["DIR", "checksums", "docs/format.md"]),
     ],
 )
@@ -52,7 +53,9 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str], arguments: 
     assert all(word in text for word in words)
 
 
-@pytest.mark.parametrize("arguments", [[], ["sing"], ["train"], ["train", "a.toml", "b.toml"], ["list"], ["verify"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["sing"], ["train"], ["train", "a.toml", "b.toml"], ["list"], ["inspect"], ["verify"]]
+)
 def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert status_of(*arguments) == 2
     assert "usage: stillframe" in capsys.readouterr().err
@@ -67,6 +70,7 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str], arguments: 
         ),
         (["train", "{dir}/empty.toml"], "stillframe train: error: {dir}/empty.toml: data.files is missing"),
         (["list", "{dir}/absent"], "stillframe list: error: {dir}/absent is not a directory"),
+        (["inspect", "{dir}/absent"], "stillframe inspect: error: {dir}/absent: does not exist"),
         (["verify", "{dir}/absent"], "stillframe verify: error: {dir}/absent: does not exist"),
         (["verify", "{dir}"], "stillframe verify: error: {dir}: has no stillframe.json"),
     ],
