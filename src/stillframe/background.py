@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +17,17 @@ from stillframe.commit.rendezvous import Rendezvous
 from stillframe.commit.vote import Ballot
 from stillframe.errors import SaveFailed, StillframeError
 from stillframe.names import CHECKPOINT_PART, EXPORT_PART, TOGETHER, published_path
+from stillframe.policies import ABORT_STATUS, FailurePolicies
 from stillframe.save import SaveJob, run_save
 from stillframe.watch.monitor import Monitor
 from stillframe.watch.progress import SaveProgress, SaveReport, Tracker
+from stillframe.watch.tolerance import Tolerance
 from stillframe.writer.client import WriterClient
 
 _log = logging.getLogger("stillframe")
 _KEPT_REPORTS = 256
 _GOODBYE_TIMEOUT_S = 60.0
+_ABORT_TIMEOUT_S = 10.0
 
 
 class Save:
@@ -69,11 +75,13 @@ class Background:
     of the one before. `steps` are the published steps of each kind, known on all ranks alike since the last verdict.
     """
 
-    def __init__(self, meeting: Rendezvous, ballot: Ballot) -> None:
+    def __init__(self, meeting: Rendezvous, ballot: Ballot, policies: FailurePolicies) -> None:
         self._meeting = meeting
         self.ballot = ballot
         self.steps: Mapping[str, frozenset[int]] = {}
         self._monitor = Monitor()
+        self._export_tolerance = Tolerance(policies.exports)
+        self._tolerance = Tolerance(policies.checkpoints)
         self._reports: deque[SaveReport] = deque(maxlen=_KEPT_REPORTS)
         self._in_flight: _InFlight | None = None
 
@@ -170,11 +178,37 @@ class Background:
             self.steps = {kind: frozenset(steps) for kind, steps in aftermath.steps.items()}
             if aftermath.trouble is not None:
                 raise aftermath.trouble.exception(step=job.step, path=job.final_dir)
+            self._tolerance_of(job).succeeded()
         except BaseException as error:  # noqa: BLE001  # the futures must end, and the user must learn, whatever it is
             failure = error if isinstance(error, StillframeError) else _unexpected(error, job)
             _log.error("%s", failure)
-            self._monitor.report(failure)
+            self._take(failure, job)
             save.fail(failure)
+
+    def _tolerance_of(self, job: SaveJob) -> Tolerance:
+        return self._export_tolerance if job.kind == "hf" else self._tolerance
+
+    def _take(self, failure: StillframeError, job: SaveJob) -> None:
+        """Do what the user wants done about a failure."""
+        tolerance = self._tolerance_of(job)
+        action = tolerance.failed()
+        if action == "raise":
+            self._monitor.report(failure)
+        elif action == "continue":
+            _log.error("training goes on without the %s of step %d: %s", job.kind, job.step, tolerance.account)
+        else:
+            self._abort(job)
+
+    def _abort(self, job: SaveJob) -> None:
+        """End this process, and no other. The others have the same verdict, and end by it themselves."""
+        if self._meeting.rank == 0:
+            self.ballot.await_acknowledged(_ABORT_TIMEOUT_S)  # or they would wait for a verdict that is gone
+        _log.critical("ending this process with status %d, as on_failure='abort' says", ABORT_STATUS)
+        logging.shutdown()  # no more than flushes what the handlers hold
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(ABORT_STATUS)
 
 
 def _unexpected(error: BaseException, job: SaveJob) -> SaveFailed:

@@ -41,7 +41,7 @@ from stillframe.layout.huggingface import unwrapped
 from stillframe.layout.renaming import KeyMapping
 from stillframe.names import KINDS, TOGETHER, latest_path, published_path
 from stillframe.options import CheckpointerOptions, checked_metrics, key_rules, run_directory
-from stillframe.policies import RetentionPolicy
+from stillframe.policies import OnFailure, RetentionPolicy
 from stillframe.records import Layout, Recovered
 from stillframe.resumable import Resumable, encode_train_state
 from stillframe.resume import ResumeChoice, Resumed, branch_of, published_dir, resume, set_aside
@@ -102,6 +102,8 @@ class Checkpointer:
         key_mapping: Mapping[str, str] | None = None,
         save_frozen: bool = True,
         publish_together: bool = False,
+        on_failure: str | OnFailure = "raise",
+        on_export_failure: str | OnFailure | None = None,
         hf_max_keep: int | None = None,
         checkpoint_maxkeep: int | None = None,
         keep_hf: RetentionPolicy | None = None,
@@ -118,6 +120,8 @@ class Checkpointer:
             key_mapping=key_mapping,
             save_frozen=save_frozen,
             publish_together=publish_together,
+            on_failure=on_failure,
+            on_export_failure=on_export_failure,
             hf_max_keep=hf_max_keep,
             checkpoint_maxkeep=checkpoint_maxkeep,
             keep_hf=keep_hf,
@@ -135,7 +139,7 @@ class Checkpointer:
         self._branch = ""
         self._meeting = meet(self._options.run_dir, store_host=store_host, timeout_s=save_timeout_s)
         ballot = Ballot(self._meeting, step=None, path=self._options.run_dir, timeout_s=save_timeout_s)
-        self._background = Background(self._meeting, ballot)
+        self._background = Background(self._meeting, ballot, self._options.failure_policies)
         self._at_exit = _exit_handler(weakref.ref(self))
         companions = tuple(companion for companion in (processor, tokenizer) if companion is not None)
         try:

@@ -8,9 +8,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from stillframe.errors import OptionError
-from stillframe.policies import KeepAll, KeepLast, Retention, RetentionPolicy
+from stillframe.policies import (
+    FailureAction,
+    FailurePolicies,
+    KeepAll,
+    KeepLast,
+    OnFailure,
+    Retention,
+    RetentionPolicy,
+)
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -34,6 +43,10 @@ class CheckpointerOptions:
     checkpoint_maxkeep, keep_checkpoints: likewise for checkpoints to resume from. Of snapshots the newest is kept.
     publish_together: an export and a checkpoint that are saved by one call become one directory `step-<N>`, or neither
         is published. It is kept as long as one of the two rules keeps it.
+    on_failure: what a save that failed in the background leads to: "raise" (in the next call), "abort" (the process
+        ends at once), "continue" (training goes on, for 3 failures in a row), or a `stillframe.policies.OnFailure` with
+        another number. What waits for a save itself (`save`, a future's `result`) raises in any case.
+    on_export_failure: likewise for exports, where it is to differ; exports and checkpoints are counted apart.
     save_frozen: False leaves parameters that need no gradient out of checkpoints; to resume then takes a model that
         has them already.
     save_timeout_s: bound on each wait of a save (for the other ranks' calls, the writing, the verdict), and on the
@@ -53,6 +66,8 @@ class CheckpointerOptions:
     checkpoint_maxkeep: int | None = None
     keep_checkpoints: RetentionPolicy | None = None
     publish_together: bool = False
+    on_failure: str | OnFailure = "raise"
+    on_export_failure: str | OnFailure | None = None
     save_frozen: bool = True
     save_timeout_s: float = 7200.0
     store_host: str | None = None
@@ -77,7 +92,7 @@ class CheckpointerOptions:
                 raise OptionError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.publish_together and not self.hf_export:
             raise OptionError("publish_together has no effect with hf_export=False: there is no export to publish")
-        _ = self.retention
+        _ = self.retention, self.failure_policies
         timeout_s = self.save_timeout_s
         if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 0 < timeout_s < 10**7:
             raise OptionError(f"save_timeout_s must be a number of seconds above 0 and below 10^7, not {timeout_s!r}")
@@ -91,6 +106,23 @@ class CheckpointerOptions:
             checkpoints=self._rule("checkpoint_maxkeep", "keep_checkpoints"),
             exports=self._rule("hf_max_keep", "keep_hf"),
         )
+
+    @property
+    def failure_policies(self) -> FailurePolicies:
+        """What failures lead to, of exports and of all else."""
+        checkpoints = self._on_failure("on_failure")
+        return FailurePolicies(
+            checkpoints=checkpoints,
+            exports=checkpoints if self.on_export_failure is None else self._on_failure("on_export_failure"),
+        )
+
+    def _on_failure(self, name: str) -> OnFailure:
+        value = getattr(self, name)
+        if isinstance(value, OnFailure):
+            return value
+        if value not in get_args(FailureAction):
+            raise OptionError(f"{name} must be 'raise', 'abort', 'continue' or an OnFailure, not {value!r}")
+        return OnFailure(value)
 
     def _rule(self, number_name: str, policy_name: str) -> RetentionPolicy:
         number, policy = getattr(self, number_name), getattr(self, policy_name)

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from stillframe.errors import OptionError
 from stillframe.train import rules
@@ -94,13 +94,16 @@ class ExportConfig:
     """[export] Hugging Face checkpoints `hf-<step>` in the run directory.
 
     Without `hf_interval` there is one, at the end; with it, one at each multiple and one at the last step. Without
-    `hf_max_keep`, or with -1, all are kept. With `async_hf_export = false` training waits for each.
+    `hf_max_keep`, or with -1, all are kept. With `async_hf_export = false` training waits for each. `on_failure` says
+    what a failed export leads to; with "continue" at most `max_failures` in a row.
     """
 
     hf_interval: int | None = key(rules.integer(at_least=1), None)
     hf_max_keep: int | None = key(rules.integer(at_least=1, or_minus_one=True), None)
     async_hf_export: bool = key(rules.boolean, True)
     max_shard_size: str | int = key(rules.size, "50GB")
+    on_failure: Literal["raise", "abort", "continue"] = key(rules.one_of("raise", "abort", "continue"), "raise")
+    max_failures: int = key(rules.integer(at_least=1), 3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +115,8 @@ class CheckpointConfig:
     is saved at each multiple of `snapshot_interval` that saves no checkpoint; one is kept.
 
     With `async_checkpoint = false` training waits for each. With `publish_together` an export and a checkpoint of one
-    step appear as one, `step-<step>/`. `save_frozen = false` leaves out parameters that are not trained.
+    step appear as one, `step-<step>/`. `save_frozen = false` leaves out parameters that are not trained. `on_failure`
+    and `max_failures` are as for exports; the two are counted apart.
     """
 
     checkpoint_interval: int | None = key(rules.integer(at_least=1, or_minus_one=True), None)
@@ -121,6 +125,8 @@ class CheckpointConfig:
     async_checkpoint: bool = key(rules.boolean, True)
     publish_together: bool = key(rules.boolean, False)
     save_frozen: bool = key(rules.boolean, True)
+    on_failure: Literal["raise", "abort", "continue"] = key(rules.one_of("raise", "abort", "continue"), "raise")
+    max_failures: int = key(rules.integer(at_least=1), 3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
