@@ -38,7 +38,6 @@ from stillframe.errors import (
 from stillframe.export import Export
 from stillframe.frames import Frames, What
 from stillframe.layout.casting import Cast
-from stillframe.layout.huggingface import unwrapped
 from stillframe.layout.renaming import KeyMapping
 from stillframe.names import CHECKPOINT_PART, EXPORT_PART, KINDS, TOGETHER, latest_path, published_path
 from stillframe.options import CheckpointerOptions, checked_metrics, key_rules, run_directory
@@ -422,7 +421,7 @@ class Checkpointer:
         if self._options.hf_export:
             rules = key_rules(self._options.key_mapping)
             export = Export(
-                unwrapped(model, any_module=rules is not None),
+                model,
                 config=config,
                 companions=companions,
                 key_mapping=None if rules is None else KeyMapping(rules=rules),

@@ -9,20 +9,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stillframe.errors import OptionError, UnsupportedModel
+from stillframe.layout.adapters import is_peft_model, plan_adapters, render_adapters, saved_adapters
 from stillframe.layout.casting import Cast
 from stillframe.layout.companions import render_companion, render_config
-from stillframe.layout.huggingface import HuggingFacePlan, plan_huggingface
+from stillframe.layout.huggingface import HuggingFacePlan, plan_huggingface, unwrapped
 from stillframe.layout.renaming import KeyMapping
 from stillframe.names import MANIFEST_NAME, WORK_DIR_NAME
 from stillframe.records import InlineFile, Layout
 from stillframe.snapshot.copy import Watched
+from stillframe.wrappers import unwrapped_module
 
 
 class Export:
     """Plans `model` as a Hugging Face directory, with the files of its `companions` (tokenizer, processor) beside.
 
+    Of a model with PEFT's adapters only those are saved, as PEFT does it; that may change from plan to plan.
+
     A module that is no PreTrainedModel has no config of its own; `config` may stand in for it. Raises LayoutError where
-    the model, its config or a companion cannot be saved, OptionError for a `config` that is one too many.
+    the model, its config or a companion cannot be saved, OptionError for a `config` that is one too many, or for a
+    `key_mapping` of adapters, which PEFT could not read.
     """
 
     format = "hf"
@@ -39,7 +44,8 @@ class Export:
         rank: int,
         world_size: int,
     ) -> None:
-        if config is not None and isinstance(model, PreTrainedModel):
+        model = _exported(model, any_module=key_mapping is not None)
+        if config is not None and (isinstance(model, PreTrainedModel) or is_peft_model(model)):
             raise OptionError(f"config is for modules that have none; {type(model).__name__} is saved with its own")
         self._model = model
         self._key_mapping = key_mapping
@@ -50,14 +56,27 @@ class Export:
         self._companion_files: tuple[InlineFile, ...] = ()
         self._plan: HuggingFacePlan | None = None
         self._watched: Watched | None = None
+        self._adapters: tuple[str, ...] = ()
         if rank == 0:
-            if isinstance(model, PreTrainedModel):
-                render_config(model, model.dtype)  # a config that cannot be saved is better found now than at a save
+            # A config that cannot be saved is better found now than at a save.
+            if saved_adapters(model):
+                render_adapters(model)
+            elif isinstance(model, PreTrainedModel):
+                render_config(model, model.dtype)
             rendered = (config, *companions)
             self._companion_files = tuple(f for c in rendered if c is not None for f in render_companion(c))
 
     def plan(self, plan_id: int) -> HuggingFacePlan:
-        plan = plan_huggingface(
+        adapters = saved_adapters(self._model)
+        plan = self._plan_adapters(plan_id) if adapters else self._plan_model(plan_id)
+        _refuse_taken_names(plan.layout, self._companion_files)
+        self._plan = plan
+        self._adapters = adapters
+        self._watched = Watched(self._model, plan.tensors)
+        return plan
+
+    def _plan_model(self, plan_id: int) -> HuggingFacePlan:
+        return plan_huggingface(
             self._model,
             max_shard_bytes=self._max_shard_bytes,
             cast=self._cast,
@@ -66,10 +85,18 @@ class Export:
             world_size=self._world_size,
             plan_id=plan_id,
         )
-        _refuse_taken_names(plan.layout, self._companion_files)
-        self._plan = plan
-        self._watched = Watched(self._model, plan.tensors)
-        return plan
+
+    def _plan_adapters(self, plan_id: int) -> HuggingFacePlan:
+        if self._key_mapping is not None:
+            raise OptionError("key_mapping has no place in the export of adapters, whose keys PEFT looks for; leave it out")
+        return plan_adapters(
+            self._model,
+            max_shard_bytes=self._max_shard_bytes,
+            cast=self._cast,
+            rank=self._rank,
+            world_size=self._world_size,
+            plan_id=plan_id,
+        )
 
     def settle(self) -> None:
         """Bring the model's tensors into the state in which they are saved."""
@@ -78,7 +105,9 @@ class Export:
 
     def unchanged(self) -> bool:
         """Whether the model is still what the last `plan` was made of; one that was never planned is not."""
-        return self._watched is not None and self._watched.unchanged()
+        if self._watched is None or not self._watched.unchanged():
+            return False
+        return saved_adapters(self._model) == self._adapters
 
     def files(self) -> Callable[[], tuple[InlineFile, ...]]:
         """What rank 0 writes beside the weights, as the model is now (other ranks: nothing)."""
@@ -86,11 +115,19 @@ class Export:
         if self._rank != 0:
             return tuple
         config_files: tuple[InlineFile, ...] = ()
-        if isinstance(self._model, PreTrainedModel):
+        if self._adapters:
+            config_files = render_adapters(self._model)
+        elif isinstance(self._model, PreTrainedModel):
             assert self._plan.config_dtype is not None, "a PreTrainedModel has a dtype"
             config_files = render_config(self._model, self._plan.config_dtype)
         files = {f.name: f for f in (*config_files, *self._plan.layout.inline_files, *self._companion_files)}
         return lambda: tuple(files.values())
+
+
+def _exported(model: nn.Module, *, any_module: bool) -> nn.Module:
+    """What `model` is around: a PeftModel, which is a wrapper of its own kind, or what `unwrapped` finds."""
+    inner = unwrapped_module(model)
+    return inner if is_peft_model(inner) else unwrapped(inner, any_module=any_module)
 
 
 def _refuse_taken_names(layout: Layout, companion_files: tuple[InlineFile, ...]) -> None:

@@ -89,7 +89,7 @@ def plan_huggingface(
 
     Raises LayoutError (UnsupportedModel, UnsupportedPlacement, CoverageError) naming the model or tensor.
     """
-    with without_wrappers(model), _without_collections():
+    with without_wrappers(model), without_collections():
         refuse_unsupported(model)
         return _plan(
             model,
@@ -103,7 +103,7 @@ def plan_huggingface(
 
 
 @contextmanager
-def _without_collections() -> Iterator[None]:
+def without_collections() -> Iterator[None]:
     """No garbage collection meanwhile. A plan is many small objects that stay, none of them in a cycle: they set off
     collections, which walk through all objects of the process and find nothing."""
     was_enabled = gc.isenabled()
@@ -173,8 +173,6 @@ def refuse_unsupported(model: nn.Module) -> None:
     """Raise UnsupportedModel for models whose save is not made of their own tensors."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModel(f"{type(model).__name__} is quantized; export the model that it was made from")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModel(f"{type(model).__name__} carries PEFT adapters; merge or unload them to export it")
     if {"cpu", "disk"} & {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}:
         raise UnsupportedModel(f"{type(model).__name__} has offloaded modules; load it without a device_map")
     unready = [n for n, p in model.named_parameters() if p.device.type == "meta"]
@@ -194,11 +192,47 @@ def lay_out(
     world_size: int,
 ) -> tuple[Layout, list[PlacedItem]]:
     """Assign keys to files and offsets. Deterministic: equal arguments, equal result, whatever the hash seed."""
-    shards, block_total = split_into_shards(key_map.keys, max_shard_bytes)
-    names = _file_names(len(shards))
+    files, inline = file_keys(key_map.keys, max_shard_bytes, stem="model", total_parameters=total_parameters)
+    return lay_out_files(
+        files,
+        key_map.sources,
+        holdings,
+        source_dtypes=source_dtypes,
+        world_size=world_size,
+        inline_files=inline,
+        held_back=("config.json",),
+    )
+
+
+def file_keys(
+    keys: Sequence[Key], max_shard_bytes: int, *, stem: str, total_parameters: int
+) -> tuple[list[tuple[str, Sequence[Key]]], tuple[InlineFile, ...]]:
+    """Which keys go into which file, by name, as the Hub splits them; and the index, where there are several."""
+    shards, block_total = split_into_shards(keys, max_shard_bytes)
+    names = _file_names(stem, len(shards))
+    if len(shards) < 2:
+        return list(zip(names, shards, strict=True)), ()
+    weight_map = {key.name: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    text = _index(weight_map, total_parameters=total_parameters, total_size=block_total)
+    index = InlineFile(name="model.safetensors.index.json", content=text.encode())
+    return list(zip(names, shards, strict=True)), (index,)
+
+
+def lay_out_files(
+    named_files: Sequence[tuple[str, Sequence[Key]]],
+    sources: Sequence[str],
+    holdings: Mapping[str, Holding],
+    *,
+    source_dtypes: Sequence[torch.dtype],
+    world_size: int,
+    inline_files: tuple[InlineFile, ...],
+    held_back: tuple[str, ...],
+) -> tuple[Layout, list[PlacedItem]]:
+    """Assign offsets to the keys of each file, which safetensors orders in its own way. As deterministic as
+    `lay_out`. `Runs.source` of the keys indexes `sources`, `source_dtypes` are theirs."""
     files: list[FileLayout] = []
     items: list[PlacedItem] = []
-    for index, (name, shard) in enumerate(zip(names, shards, strict=True)):
+    for index, (name, shard) in enumerate(named_files):
         ordered = sorted(shard, key=lambda key: (_dtype_rank(key), _utf8(key.name)))
         lengths = [math.prod(key.shape) * key.dtype.itemsize for key in ordered]
         header = _header(name, ordered, lengths)
@@ -219,26 +253,21 @@ def lay_out(
             listed.append(Item(name=key.name, file_offset=position, length_bytes=length))
             position += length
         files.append(FileLayout(name=name, size_bytes=position, items=tuple(listed)))
-    inline: tuple[InlineFile, ...] = ()
-    if len(shards) > 1:
-        weight_map = {key.name: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        text = _index(weight_map, total_parameters=total_parameters, total_size=block_total)
-        inline = (InlineFile(name="model.safetensors.index.json", content=text.encode()),)
     digest = hashlib.sha256(repr(("hf", world_size)).encode())
     for placed in items:
         digest.update(placed.content)
     for file in files:
         digest.update(repr((file.name, file.size_bytes)).encode())
-    for source in key_map.sources:
+    for source in sources:
         digest.update(repr((source, holdings[source].signature)).encode())
     layout = Layout(
         format="hf",
         world_size=world_size,
         files=tuple(files),
-        inline_files=inline,
+        inline_files=inline_files,
         total_bytes=sum(f.size_bytes for f in files),
         digest=digest.hexdigest(),
-        held_back=("config.json",),
+        held_back=held_back,
     )
     return layout, items
 
@@ -276,10 +305,10 @@ def split_into_shards(keys: Sequence[Key], max_shard_bytes: int) -> tuple[list[l
     return shards, total_bytes
 
 
-def _file_names(count: int) -> list[str]:
+def _file_names(stem: str, count: int) -> list[str]:
     if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 def _dtype_rank(key: Key) -> int:

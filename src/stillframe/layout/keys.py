@@ -77,10 +77,10 @@ def runtime_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             raise UnsupportedModel(
                 f"{type(model).__name__}: {name} is a {type(value).__name__}, not a tensor; safetensors cannot hold it"
             )
-    return _without_tied(model, state)
+    return without_tied(model, state)
 
 
-def _without_tied(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without_tied(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Keep one name of each group that is one tensor; refuse tensors that overlap without being the same."""
     storages: dict[Hashable, dict[Hashable, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, tensor in state.items():
