@@ -27,7 +27,7 @@ class Export:
 
     A module that is no PreTrainedModel has no config of its own; `config` may stand in for it. Raises LayoutError where
     the model, its config or a companion cannot be saved, OptionError for a `config` that is one too many, or for a
-    `key_mapping` of adapters, which PEFT could not read.
+    `key_mapping` or `hub_layout` of adapters, which PEFT could not read.
     """
 
     format = "hf"
@@ -39,6 +39,7 @@ class Export:
         config: Any,
         companions: tuple[Any, ...],
         key_mapping: KeyMapping | None,
+        hub_layout: bool,
         max_shard_bytes: int,
         cast: Cast | None,
         rank: int,
@@ -49,6 +50,7 @@ class Export:
             raise OptionError(f"config is for modules that have none; {type(model).__name__} is saved with its own")
         self._model = model
         self._key_mapping = key_mapping
+        self._hub_layout = hub_layout
         self._max_shard_bytes = max_shard_bytes
         self._cast = cast
         self._rank = rank
@@ -81,6 +83,7 @@ class Export:
             max_shard_bytes=self._max_shard_bytes,
             cast=self._cast,
             key_mapping=self._key_mapping,
+            hub_layout=self._hub_layout,
             rank=self._rank,
             world_size=self._world_size,
             plan_id=plan_id,
@@ -88,7 +91,11 @@ class Export:
 
     def _plan_adapters(self, plan_id: int) -> HuggingFacePlan:
         if self._key_mapping is not None:
-            raise OptionError("key_mapping has no place in the export of adapters, whose keys PEFT looks for; leave it out")
+            raise OptionError(
+                "key_mapping has no place in the export of adapters, whose keys PEFT looks for; leave it out"
+            )
+        if self._hub_layout:
+            raise OptionError("layout='hub' has no place in the export of adapters, which have one; leave it out")
         return plan_adapters(
             self._model,
             max_shard_bytes=self._max_shard_bytes,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,7 +82,9 @@ def plan_adapters(
         sources = tuple(tensors)
         files, index = _files(model, selection, tensors, max_shard_bytes)
         if cast is not None:
-            files = [(n, cast_keys(model, tensors, KeyMap(sources=sources, keys=k), cast).keys) for n, k in files]
+            files = [
+                (n, cast_keys(model, tensors, KeyMap(sources=sources, keys=tuple(k)), cast).keys) for n, k in files
+            ]
         parameters = {id(p) for p in model.parameters()}
         held = Holdings(rank=rank, world_size=world_size)
         holdings = {name: held.of(name, t, is_parameter=id(t) in parameters) for name, t in tensors.items()}
@@ -141,7 +143,7 @@ def _selection(model: nn.Module, state: Mapping[str, Any]) -> dict[str, dict[str
 def _keys_of(model: nn.Module, adapter: str, state: Mapping[str, Any]) -> dict[str, str]:
     """PEFT's own selection, on names instead of tensors: it then cannot gather, copy or compute anything unnoticed."""
     from_peft: Any = sys.modules["peft"]
-    config: Any = model.peft_config[adapter]  # type: ignore[index,union-attr]  # a PeftModel's, or PeftAdapterMixin's
+    config: Any = model.peft_config[adapter]  # type: ignore[index]  # a PeftModel's, or PeftAdapterMixin's
     kind = getattr(config.peft_type, "value", config.peft_type)
     not_selected = UnsupportedModel(
         f"{type(model).__name__}: of its adapter {adapter!r} PEFT saves values that it computes ({kind}), not tensors "

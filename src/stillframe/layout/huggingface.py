@@ -25,6 +25,7 @@ from stillframe.layout.keys import Key, KeyMap, runtime_tensors, save_keys
 from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.shares import PlacedItem, rank_share
+from stillframe.layout.turned import settle_turned
 from stillframe.records import FileLayout, InlineFile, Item, Layout, RankShare
 from stillframe.sketch import Sketch
 from stillframe.wrappers import unwrapped_module, without_wrappers
@@ -82,10 +83,12 @@ def plan_huggingface(
     plan_id: int,
     cast: Cast | None = None,
     key_mapping: KeyMapping | None = None,
+    hub_layout: bool = False,
 ) -> HuggingFacePlan:
     """Lay `model` out as a Hugging Face directory and find this rank's share. No communication, no data is read.
 
     `cast` None saves every tensor in the dtype that it has. `key_mapping` renames keys after Transformers' conversions.
+    `hub_layout` gives weights the orientation that they have on the Hub, where Transformers saves another one.
 
     Raises LayoutError (UnsupportedModel, UnsupportedPlacement, CoverageError) naming the model or tensor.
     """
@@ -99,6 +102,7 @@ def plan_huggingface(
             plan_id=plan_id,
             cast=cast,
             key_mapping=key_mapping,
+            hub_layout=hub_layout,
         )
 
 
@@ -124,14 +128,16 @@ def _plan(
     plan_id: int,
     cast: Cast | None,
     key_mapping: KeyMapping | None,
+    hub_layout: bool,
 ) -> HuggingFacePlan:
     tensors = runtime_tensors(model)
-    key_map = save_keys(model, tensors, key_mapping)
+    key_map = save_keys(model, tensors, key_mapping, hub_layout=hub_layout)
     if cast is not None:
         key_map = cast_keys(model, tensors, key_map, cast)
     parameters = {id(p): p for p in model.parameters()}
     held = Holdings(rank=rank, world_size=world_size)
     holdings = {name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()}
+    key_map = settle_turned(key_map, tensors, holdings)
     layout, items = lay_out(
         key_map,
         holdings,
@@ -248,6 +254,7 @@ def lay_out_files(
                     runs=key.runs,
                     element_bytes=key.dtype.itemsize,
                     cast_to=_cast_to(key, source_dtypes),
+                    dims=key.dims,
                 )
             )
             listed.append(Item(name=key.name, file_offset=position, length_bytes=length))
