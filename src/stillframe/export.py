@@ -60,11 +60,8 @@ class Export:
         self._watched: Watched | None = None
         self._adapters: tuple[str, ...] = ()
         if rank == 0:
-            # A config that cannot be saved is better found now than at a save.
-            if saved_adapters(model):
-                render_adapters(model)
-            elif isinstance(model, PreTrainedModel):
-                render_config(model, model.dtype)
+            if isinstance(model, PreTrainedModel) and not saved_adapters(model):
+                render_config(model, model.dtype)  # a config that cannot be saved is better found now than at a save
             rendered = (config, *companions)
             self._companion_files = tuple(f for c in rendered if c is not None for f in render_companion(c))
 
@@ -96,7 +93,7 @@ class Export:
             )
         if self._hub_layout:
             raise OptionError("layout='hub' has no place in the export of adapters, which have one; leave it out")
-        return plan_adapters(
+        plan = plan_adapters(
             self._model,
             max_shard_bytes=self._max_shard_bytes,
             cast=self._cast,
@@ -104,6 +101,9 @@ class Export:
             world_size=self._world_size,
             plan_id=plan_id,
         )
+        if self._rank == 0:
+            render_adapters(self._model)  # likewise: better found now than at a save
+        return plan
 
     def settle(self) -> None:
         """Bring the model's tensors into the state in which they are saved."""

@@ -47,7 +47,7 @@ def with_several() -> PeftModel:
 
 def with_embeddings() -> PeftModel:
     """PEFT saves the embeddings themselves, too, once they are a target, and says so."""
-    return get_peft_model(tiny_qwen3(tied=False), lora(target_modules=["embed_tokens", "q_proj"]))
+    return get_peft_model(tiny_qwen3(), lora(target_modules=["embed_tokens", "q_proj"]))
 
 
 def of_transformers() -> Any:

@@ -195,7 +195,7 @@ def _key(name: str, tensor: torch.Tensor, source: int, block: int) -> Key:
 def _folder(adapter: str) -> str:
     if adapter == _DEFAULT:
         return ""
-    if adapter in (".", "..", "") or "/" in adapter or "\0" in adapter:
+    if "/" in adapter or "\0" in adapter:  # torch itself allows no dot in it
         raise UnsupportedModel(f"the adapter {adapter!r} has no name that a folder can have; rename it")
     return f"{adapter}/"
 

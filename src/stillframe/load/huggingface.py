@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stillframe.errors import ModelMismatch, UnsupportedModel
+from stillframe.layout.adapters import is_peft_model
 from stillframe.layout.huggingface import unwrapped
 from stillframe.layout.placement import Holding
 from stillframe.layout.renaming import KeyMapping
@@ -23,7 +24,7 @@ from stillframe.load.local import local_part, local_runs, own_holdings
 from stillframe.load.matching import Match, Target, match
 from stillframe.load.reading import Reader
 from stillframe.options import key_rules
-from stillframe.wrappers import without_wrappers
+from stillframe.wrappers import unwrapped_module, without_wrappers
 
 _COMPARED_ELEMENTS = 1 << 22
 
@@ -79,7 +80,7 @@ def load_hf(
     partly loaded.
     """
     rules = key_rules(key_mapping)
-    inner = _loadable(unwrapped(model, any_module=rules is not None))
+    inner = unwrapped(_loadable(unwrapped_module(model)), any_module=rules is not None)
     mapping = None if rules is None else KeyMapping(rules=rules)
     with open_weights(Path(directory)) as files:
         with without_wrappers(inner):
@@ -102,7 +103,7 @@ def _loadable(model: nn.Module) -> nn.Module:
     """`model`, if it is of a kind whose weights can be replaced."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModel(f"{type(model).__name__} is quantized; load the weights before it is quantized")
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModel(f"{type(model).__name__} carries PEFT adapters; load the weights before adding them")
     return model
 
