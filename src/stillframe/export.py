@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,9 @@ from stillframe.names import MANIFEST_NAME, WORK_DIR_NAME
 from stillframe.records import InlineFile, Layout
 from stillframe.snapshot.copy import Watched
 from stillframe.wrappers import unwrapped_module
+
+# What from_pretrained of transformers or PEFT would load weights from.
+_WEIGHTS_NAME = re.compile(r"(adapter_)?model([.-].*)?\.(safetensors|bin)(\.index\.json)?|pytorch_model.*\.bin(\..*)?")
 
 
 class Export:
@@ -138,8 +142,10 @@ def _exported(model: nn.Module, *, any_module: bool) -> nn.Module:
 
 
 def _refuse_taken_names(layout: Layout, companion_files: tuple[InlineFile, ...]) -> None:
-    """Raise UnsupportedModel if a tokenizer's or processor's file has the name of one that stillframe writes."""
-    taken = {MANIFEST_NAME, *(f.name for f in layout.files), *(f.name for f in layout.inline_files)}
+    """Raise UnsupportedModel if a tokenizer's or processor's file has the name of one that stillframe writes, or that
+    would be loaded instead of what it writes: one file of weights beside shards, an index beside one file."""
+    taken = {MANIFEST_NAME, *(f.name for f in layout.files), *(f.name for f in layout.inline_files), *layout.held_back}
     for file in companion_files:
-        if file.name in taken or file.name.partition("/")[0] == WORK_DIR_NAME:
+        is_taken = file.name in taken - {"config.json"} or _WEIGHTS_NAME.fullmatch(file.name) is not None
+        if is_taken or file.name.partition("/")[0] == WORK_DIR_NAME:
             raise UnsupportedModel(f"the tokenizer or processor saves a file {file.name!r}, a name that is taken")

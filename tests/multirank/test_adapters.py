@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
 
 import stillframe
+from stillframe.errors import SaveFailed
 from stillframe.manifest import read_manifest
 from stillframe.testing import run_process, run_ranks
 from stillframe.testing.models import tiny_qwen3
-from tests.multirank.adapters import ADAPTED, adapted, distribute_adapted, quiet_about_embeddings, reference
+from tests.multirank.adapters import ADAPTED, adapted, distribute_adapted, lora, quiet_about_embeddings, reference
 from tests.multirank.exports import digests
 
 
@@ -81,6 +82,19 @@ def load_adapters(run_dir: Path, name: str) -> list[str]:
 def test_peft_loads_what_ranks_saved(tmp_path: Path) -> None:
     run_ranks(2, export_all, tmp_path, "fsdp", ["several"])
     assert run_process(load_adapters, tmp_path / "several", "several") == []
+
+
+def adapters_that_differ(run_dir: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_qwen3(), lora(target_modules=["q_proj"], r=4 + dist.get_rank()))
+    name = r"base_model\.model\.model\.layers\.0\.self_attn\.q_proj\.lora_A\.default\.weight"
+    with pytest.raises(SaveFailed, match=f"rank 1 has another layout than rank 0.* describe differently: {name}"):
+        stillframe.Checkpointer(run_dir, model=model, save_timeout_s=60)
+
+
+def test_a_rank_with_another_adapter_is_named_with_the_tensor(tmp_path: Path) -> None:
+    run_ranks(2, adapters_that_differ, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Checkpoints to go on from

@@ -23,13 +23,13 @@ from transformers.dynamic_module_utils import custom_object_save
 from stillframe.errors import UnsupportedModel
 from stillframe.layout.casting import Cast, cast_keys
 from stillframe.layout.companions import rendered
-from stillframe.layout.huggingface import HuggingFacePlan, file_keys, lay_out_files, without_collections
+from stillframe.layout.huggingface import HuggingFacePlan, file_keys, lay_out_files, sketch_of, without_collections
 from stillframe.layout.keys import Key, KeyMap, unsharded_classes, without_tied
 from stillframe.layout.placement import Holdings
 from stillframe.layout.runs import Runs
 from stillframe.layout.shares import rank_share
+from stillframe.names import is_unicode
 from stillframe.records import InlineFile
-from stillframe.sketch import Sketch
 from stillframe.wrappers import without_wrappers
 
 _STEM = "adapter_model"
@@ -97,8 +97,8 @@ def plan_adapters(
             inline_files=index,
             held_back=(_CONFIG_NAME,),
         )
-        described = [(n, f"{tuple(t.shape)} {t.dtype} {holdings[n].signature}") for n, t in tensors.items()]
-        layout = replace(layout, sketch=Sketch.of(described))
+        keys = [key for _, of_file in files for key in of_file]
+        layout = replace(layout, sketch=sketch_of(tensors, holdings, keys))
         return HuggingFacePlan(
             layout=layout,
             share=rank_share(layout, items, sources, holdings, rank=rank, plan_id=plan_id),
@@ -195,7 +195,7 @@ def _key(name: str, tensor: torch.Tensor, source: int, block: int) -> Key:
 def _folder(adapter: str) -> str:
     if adapter == _DEFAULT:
         return ""
-    if "/" in adapter or "\0" in adapter:  # torch itself allows no dot in it
+    if "/" in adapter or "\0" in adapter or not is_unicode(adapter):  # torch itself allows no dot in it
         raise UnsupportedModel(f"the adapter {adapter!r} has no name that a folder can have; rename it")
     return f"{adapter}/"
 

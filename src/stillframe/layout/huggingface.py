@@ -11,7 +11,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -146,8 +146,7 @@ def _plan(
         total_parameters=sum(p.numel() for p in parameters.values()),
         world_size=world_size,
     )
-    described = [(n, f"{tuple(t.shape)} {t.dtype} {holdings[n].signature}") for n, t in tensors.items()]
-    layout = replace(layout, sketch=Sketch.of(described))
+    layout = replace(layout, sketch=sketch_of(tensors, holdings, key_map.keys))
     share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
     config_dtype = None
     if isinstance(model, PreTrainedModel):
@@ -160,6 +159,21 @@ def _plan(
         items=items,
         sources=key_map.sources,
         holdings=holdings,
+    )
+
+
+def sketch_of(tensors: Mapping[str, torch.Tensor], holdings: Mapping[str, Holding], keys: Iterable[Key]) -> Sketch:
+    """What tells this layout from that of a rank with other tensors, or with other options, by tensor. The runs of
+    `keys` index `tensors`, in their order."""
+    becomes: dict[int, str] = {}
+    for key in keys:
+        if len(key.runs):
+            becomes.setdefault(int(key.runs.source[0]), f"{key.name!r} {key.shape} {key.dtype}")
+    return Sketch.of(
+        [
+            (name, f"{tuple(tensor.shape)} {tensor.dtype} {holdings[name].signature} {becomes.get(index)}")
+            for index, (name, tensor) in enumerate(tensors.items())
+        ]
     )
 
 

@@ -138,6 +138,11 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         UnsupportedModel,
         r"the adapter 'a/b' has no name that a folder can have",
     ),
+    "a name that no file can have": (
+        lambda: get_peft_model(Plain(), LoraConfig(target_modules=["first"]), adapter_name="a\udc80"),
+        UnsupportedModel,
+        r"the adapter 'a\\udc80' has no name that a folder can have",
+    ),
     "on the meta device": (
         lambda: adapted("lora").to("meta"),
         UnsupportedModel,
