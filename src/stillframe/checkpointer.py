@@ -95,7 +95,8 @@ class Checkpointer:
         run_dir: where checkpoints appear; on a file system that all ranks share. Created if missing. What an earlier
             run wrote whole but could not publish is published now, the rest of what it left is removed (`recovered`).
         model: a transformers PreTrainedModel, plain, in DDP, or sharded with FSDP2; with a `key_mapping`, or with
-            `hf_export=False`, any module.
+            `hf_export=False`, any module. Of one with PEFT's adapters (a PeftModel, or `add_adapter`) exports are the
+            adapters alone, as PEFT saves them.
             Tensors that are not DTensors count as replicated: parameters must be equal on all ranks; of buffers, rank
             0's are saved.
         optimizer: what checkpoints hold besides the model; one or several. Made from the sharded model's parameters.

@@ -396,11 +396,12 @@ def is_scattered(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return bool(steps) and steps[-1] != 1
 
 
-def refuse_scattered(name: str, shape: Sequence[int], stride: Sequence[int]) -> None:
+def refuse_scattered(name: str, shape: Sequence[int], stride: Sequence[int], *, hint: str = "") -> None:
     """Raise UnsupportedModel for a view with so many runs of one element that listing them would fill the memory."""
     if is_scattered(shape, stride) and math.prod(shape) > _MAX_SINGLE_ELEMENTS:
         raise UnsupportedModel(
             f"{name} is a transposed tensor, of shape {tuple(shape)}; stillframe does not support one that large yet"
+            f"{hint}"
         )
 
 

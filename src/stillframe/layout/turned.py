@@ -33,7 +33,9 @@ def settle_turned(key_map: KeyMap, tensors: Mapping[str, torch.Tensor], holdings
         if _holds_whole(holdings[name], _slice_elements(shape, key.dims)):
             return key
         stride = [math.prod(shape[d + 1 :]) for d in key.dims]
-        refuse_scattered(key.name, key.shape, stride)
+        refuse_scattered(
+            key.name, key.shape, stride, hint=f" where a rank has parts of its matrices, as of {name} here"
+        )
         return replace(key, runs=strided(0, key.shape, stride, index), dims=None)
 
     return replace(key_map, keys=tuple(settled(key) for key in key_map.keys))

@@ -80,7 +80,10 @@ def load_hf(
     partly loaded.
     """
     rules = key_rules(key_mapping)
-    inner = unwrapped(_loadable(unwrapped_module(model)), any_module=rules is not None)
+    inner = unwrapped_module(model)
+    if rules is None and is_peft_model(inner):
+        raise _carrying_adapters(inner)
+    inner = _loadable(unwrapped(inner, any_module=rules is not None))
     mapping = None if rules is None else KeyMapping(rules=rules)
     with open_weights(Path(directory)) as files:
         with without_wrappers(inner):
@@ -103,9 +106,13 @@ def _loadable(model: nn.Module) -> nn.Module:
     """`model`, if it is of a kind whose weights can be replaced."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModel(f"{type(model).__name__} is quantized; load the weights before it is quantized")
-    if is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModel(f"{type(model).__name__} carries PEFT adapters; load the weights before adding them")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _carrying_adapters(model)
     return model
+
+
+def _carrying_adapters(model: nn.Module) -> UnsupportedModel:
+    return UnsupportedModel(f"{type(model).__name__} carries PEFT adapters; load the weights before adding them")
 
 
 def _plan(
