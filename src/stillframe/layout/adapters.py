@@ -33,15 +33,14 @@ from stillframe.records import InlineFile
 from stillframe.wrappers import without_wrappers
 
 _STEM = "adapter_model"
-_CONFIG_NAME = "adapter_config.json"
 _DEFAULT = "default"  # the adapter that PEFT saves into the directory itself, any other one into a folder of its name
 _PREFIX = "base_model.model."  # what transformers puts before its names, so that PEFT knows them
 
 
 def is_peft_model(module: nn.Module) -> bool:
     """Whether `module` is one of PEFT's models around another one. Where there is one, PEFT has been imported."""
-    peft = sys.modules.get("peft")
-    return peft is not None and isinstance(module, peft.PeftModel)
+    cls = getattr(sys.modules.get("peft"), "PeftModel", None)
+    return cls is not None and isinstance(module, cls)
 
 
 def saved_adapters(module: nn.Module) -> tuple[str, ...]:
@@ -74,9 +73,10 @@ def plan_adapters(
     whether embeddings were resized; otherwise there is no communication, and no data is read. Raises LayoutError naming
     the adapter or tensor.
     """
-    with without_wrappers(model), without_collections(), unsharded_classes(model):
+    with without_wrappers(model), without_collections():
         state = model.state_dict(keep_vars=True)
-        selection = _selection(model, state)
+        with unsharded_classes(model):
+            selection = _selection(model, state)
         tensors = {name: state[name] for name in dict.fromkeys(n for keys in selection.values() for n in keys.values())}
         _refuse_unready(model, tensors)
         sources = tuple(tensors)
@@ -95,7 +95,7 @@ def plan_adapters(
             source_dtypes=[tensor.dtype for tensor in tensors.values()],
             world_size=world_size,
             inline_files=index,
-            held_back=(_CONFIG_NAME,),
+            held_back=tuple(_config_name(model, adapter) for adapter in selection),
         )
         keys = [key for _, of_file in files for key in of_file]
         layout = replace(layout, sketch=sketch_of(tensors, holdings, keys))
@@ -156,6 +156,11 @@ def _keys_of(model: nn.Module, adapter: str, state: Mapping[str, Any]) -> dict[s
         keys: dict[str, str] = from_peft.get_peft_model_state_dict(model, state_dict=names, adapter_name=adapter)
     except (TypeError, AttributeError) as error:  # what a computation does that gets a name for a tensor
         raise not_selected from error
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: PEFT does not say which tensors its adapter {adapter!r} has: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not all(isinstance(name, str) and isinstance(state.get(name), torch.Tensor) for name in keys.values()):
         raise not_selected
     return keys
@@ -198,6 +203,10 @@ def _folder(adapter: str) -> str:
     if "/" in adapter or "\0" in adapter or not is_unicode(adapter):  # torch itself allows no dot in it
         raise UnsupportedModel(f"the adapter {adapter!r} has no name that a folder can have; rename it")
     return f"{adapter}/"
+
+
+def _config_name(model: nn.Module, adapter: str) -> str:
+    return (_folder(adapter) if is_peft_model(model) else "") + "adapter_config.json"
 
 
 def _refuse_unready(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

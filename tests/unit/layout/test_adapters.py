@@ -49,7 +49,14 @@ class Plain(nn.Module):
         self.second = nn.Linear(8, 4)
 
 
+def two_named() -> PeftModel:
+    model = get_peft_model(Plain(), LoraConfig(r=2, target_modules=["first"]), adapter_name="one")
+    model.add_adapter("two", LoraConfig(r=3, target_modules=["second"]))
+    return model
+
+
 METHODS: dict[str, Any] = {
+    "two with names of their own": two_named,
     "bias of the layers": lambda: get_peft_model(
         Plain(), LoraConfig(r=2, target_modules=["first"], bias="lora_only", modules_to_save=["second"])
     ),
@@ -65,7 +72,10 @@ METHODS: dict[str, Any] = {
 @pytest.mark.parametrize("name", METHODS)
 def test_other_methods_and_modules_are_saved_as_peft_does(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    assert "adapter_model.safetensors" in assert_saved_as_by_its_own(fill(METHODS[name]()), tmp_path)
+    folders = {""} if "two" not in name else {"one/", "two/"}
+    files = assert_saved_as_by_its_own(fill(METHODS[name]()), tmp_path)
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    assert files.keys() == {"README.md"} | {folder + name for folder in folders for name in names}
 
 
 def test_adapters_of_a_transformers_model_are_split_as_transformers_does(tmp_path: Path) -> None:
