@@ -214,8 +214,13 @@ class CatalogEntry:
     @property
     def published_time(self) -> datetime | None:
         """`published_at` in UTC; None where the manifest has something there that is no time."""
-        try:
-            time = datetime.fromisoformat(self.published_at)
-            return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
-        except (ValueError, OverflowError):
-            return None
+        return time_of(self.published_at)
+
+
+def time_of(published_at: str) -> datetime | None:
+    """A manifest's `published_at` in UTC; None for something that is no time."""
+    try:
+        time = datetime.fromisoformat(published_at)
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None

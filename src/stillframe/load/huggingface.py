@@ -23,6 +23,7 @@ from stillframe.load.keys import load_keys
 from stillframe.load.local import local_part, local_runs, own_holdings
 from stillframe.load.matching import Match, Target, match
 from stillframe.load.reading import Reader
+from stillframe.load.verifying import verify_tensors
 from stillframe.options import key_rules
 from stillframe.wrappers import unwrapped_module, without_wrappers
 
@@ -48,6 +49,7 @@ def load_hf(
     *,
     strict: bool = True,
     key_mapping: Mapping[str, str] | None = None,
+    verify: bool = False,
 ) -> LoadReport:
     """Load the weights of a Hugging Face directory into `model`, in place; blocks until they are there.
 
@@ -73,6 +75,9 @@ def load_hf(
     load, `model.init_weights()` initialises what no file holds, such as rotary frequencies, and nothing else: what was
     loaded is marked (`_is_hf_initialized`) as `from_pretrained` marks it.
 
+    `verify`: first compare every tensor of the files that this rank needs any part of with the checksum that it was
+    published with; the tensor is read whole for that, so a rank reads more than it holds. Needs `stillframe.json`.
+
     Raises OptionError for a bad `key_mapping`, NotACheckpoint or CorruptCheckpoint for the directory, UnsupportedModel
     or UnsupportedPlacement for the model, ModelMismatch with all missing and unexpected keys, wrong shapes and dtypes
     at once. All of these come before anything is written to the model. `strict=False` allows missing and unexpected
@@ -91,10 +96,13 @@ def load_hf(
         holdings = own_holdings()
         # A buffer, too, is held by every rank: each must get its values.
         held = {t.name: holdings.of(t.name, t.tensor, is_parameter=True) for t in found.targets}
-        for target in found.targets:
-            _check_ties(Path(directory), reader, target, held[target.name])
         work = [(target, local_runs(target.runs, held[target.name])) for target in found.targets]
         work = [(target, runs) for target, runs in work if len(runs)]
+        if verify:
+            needed = set[str]().union(*(reader.stored_names(runs) for _, runs in work))
+            verify_tensors(Path(directory), files, needed)
+        for target in found.targets:
+            _check_ties(Path(directory), reader, target, held[target.name])
         for target, runs in sorted(work, key=lambda pair: reader.position(pair[1])):
             _fill(reader, target.tensor, runs)
         for target in found.targets:
