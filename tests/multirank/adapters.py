@@ -40,7 +40,7 @@ def with_dora_and_modules() -> PeftModel:
 
 def with_several() -> PeftModel:
     model = get_peft_model(tiny_qwen3(), lora())
-    model.add_adapter("second", lora(r=3, target_modules=["o_proj"]))
+    model.add_adapter("second", lora(r=3, target_modules=["o_proj", "q_proj"]))
     model.set_adapter("second")
     return model
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 import stillframe
+from stillframe.cli.inspecting import inspect
 from stillframe.errors import SaveFailed
 from stillframe.manifest import read_manifest
 from stillframe.testing import run_process, run_ranks
@@ -55,8 +57,17 @@ def test_one_process_saves_what_peft_saves(tmp_path: Path) -> None:
         "second/adapter_model.safetensors",
         "stillframe.json",
     ]
-    manifest = read_manifest(tmp_path / "several" / "hf-7")
-    assert "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight" in manifest.tensors
+    # Both adapters may have tensors of one name; each is listed with its own place and checksum.
+    stored = {
+        folder + key: tuple(tensor.shape)
+        for folder in ("", "second/")
+        for key, tensor in load_file(tmp_path / "several" / "hf-7" / folder / "adapter_model.safetensors").items()
+    }
+    assert read_manifest(tmp_path / "several" / "hf-7").tensors.keys() == stored.keys()
+    for name in ADAPTED:
+        assert stillframe.verify(tmp_path / name / "hf-7").tensors > 8
+    (found,) = inspect(tmp_path / "several" / "hf-7")
+    assert {tensor.name: tensor.shape for tensor in found.tensors} == stored
 
 
 @pytest.mark.parametrize(("how", "world_size"), [("fsdp", 2), ("fsdp", 3), ("ddp", 2)])

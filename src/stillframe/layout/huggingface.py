@@ -253,6 +253,7 @@ def lay_out_files(
     files: list[FileLayout] = []
     items: list[PlacedItem] = []
     for index, (name, shard) in enumerate(named_files):
+        folder = name[: name.rfind("/") + 1]  # files of several folders may have tensors of one name
         ordered = sorted(shard, key=lambda key: (_dtype_rank(key), _utf8(key.name)))
         lengths = [math.prod(key.shape) * key.dtype.itemsize for key in ordered]
         header = _header(name, ordered, lengths)
@@ -271,7 +272,7 @@ def lay_out_files(
                     dims=key.dims,
                 )
             )
-            listed.append(Item(name=key.name, file_offset=position, length_bytes=length))
+            listed.append(Item(name=folder + key.name, file_offset=position, length_bytes=length))
             position += length
         files.append(FileLayout(name=name, size_bytes=position, items=tuple(listed)))
     digest = hashlib.sha256(repr(("hf", world_size)).encode())
