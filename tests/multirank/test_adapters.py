@@ -70,7 +70,7 @@ def test_one_process_saves_what_peft_saves(tmp_path: Path) -> None:
     assert {tensor.name: tensor.shape for tensor in found.tensors} == stored
 
 
-@pytest.mark.parametrize(("how", "world_size"), [("fsdp", 2), ("fsdp", 3), ("ddp", 2)])
+@pytest.mark.parametrize(("how", "world_size"), [("fsdp", 3), ("ddp", 2)])
 def test_ranks_save_what_peft_saves_each_its_part(how: str, world_size: int, tmp_path: Path) -> None:
     names = ["lora", "dora and modules", "several", "transformers"]
     for sizes in zip(*run_ranks(world_size, export_all, tmp_path, how, names), strict=True):
@@ -146,9 +146,7 @@ def go_on(run_dir: Path, name: str, save_frozen: bool) -> tuple[list[float], lis
     return expected, found, saved // 4, sum(p.numel() for p in model.parameters() if save_frozen or p.requires_grad)
 
 
-@pytest.mark.parametrize(
-    ("name", "save_frozen"), [("lora", False), ("dora and modules", True), ("transformers", False)]
-)
+@pytest.mark.parametrize(("name", "save_frozen"), [("lora", False), ("transformers", True)])
 def test_a_training_of_adapters_goes_on_bit_for_bit(name: str, save_frozen: bool, tmp_path: Path) -> None:
     for expected, found, saved, trainable in run_ranks(2, go_on, tmp_path, name, save_frozen):
         assert found == expected
