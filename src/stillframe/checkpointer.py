@@ -37,7 +37,6 @@ from stillframe.errors import (
 from stillframe.export import Export
 from stillframe.frames import Frames, What
 from stillframe.layout.casting import Cast
-from stillframe.layout.huggingface import unwrapped
 from stillframe.layout.renaming import KeyMapping
 from stillframe.names import KINDS, TOGETHER, latest_path, published_path
 from stillframe.options import CheckpointerOptions, checked_metrics, key_rules, run_directory
@@ -66,7 +65,8 @@ class Checkpointer:
         run_dir: where checkpoints appear; on a file system that all ranks share. Created if missing. What an earlier
             run wrote whole but could not publish is published now, the rest of what it left is removed (`recovered`).
         model: a transformers PreTrainedModel, plain, in DDP, or sharded with FSDP2; with a `key_mapping`, or with
-            `hf_export=False`, any module.
+            `hf_export=False`, any module. Of one with PEFT's adapters (a PeftModel, or `add_adapter`) exports are the
+            adapters alone, as PEFT saves them.
             Tensors that are not DTensors count as replicated: parameters must be equal on all ranks; of buffers, rank
             0's are saved.
         optimizer: what checkpoints hold besides the model; one or several. Made from the sharded model's parameters.
@@ -100,6 +100,7 @@ class Checkpointer:
         save_dtype: str | torch.dtype | None = None,
         keep_in_fp32: Sequence[str] = (),
         key_mapping: Mapping[str, str] | None = None,
+        layout: str = "transformers",
         save_frozen: bool = True,
         publish_together: bool = False,
         on_failure: str | OnFailure = "raise",
@@ -118,6 +119,7 @@ class Checkpointer:
             save_dtype=None if save_dtype is None else str(save_dtype).removeprefix("torch."),
             keep_in_fp32=(keep_in_fp32,) if isinstance(keep_in_fp32, str) else tuple(keep_in_fp32),
             key_mapping=key_mapping,
+            layout=layout,
             save_frozen=save_frozen,
             publish_together=publish_together,
             on_failure=on_failure,
@@ -391,10 +393,11 @@ class Checkpointer:
         if self._options.hf_export:
             rules = key_rules(self._options.key_mapping)
             export = Export(
-                unwrapped(model, any_module=rules is not None),
+                model,
                 config=config,
                 companions=companions,
                 key_mapping=None if rules is None else KeyMapping(rules=rules),
+                hub_layout=self._options.layout == "hub",
                 max_shard_bytes=self._options.max_shard_bytes,
                 cast=_cast(self._options),
                 rank=rank,

@@ -37,6 +37,9 @@ class CheckpointerOptions:
     key_mapping: regular expressions -> what replaces their matches in the keys of exports, which else are those that
         transformers writes; the longest match wins. With one, {} included, any nn.Module can be exported, under its own
         names but for what is replaced; without, PreTrainedModels only.
+    layout: "transformers" writes the files that `save_pretrained` writes; "hub" gives weights the orientation that they
+        have in the model's checkpoints on the Hub, and that serving engines expect, where transformers saves another
+        one (the experts of Qwen3-VL-MoE). Refused for models without such weights.
     hf_export: whether exports are planned at all. False: none can be saved, and any nn.Module can be checkpointed.
     hf_max_keep: how many exports are kept, the newest by publication; None and -1 keep all.
     keep_hf: a rule for the same, instead of a number: see `stillframe.policies`.
@@ -60,6 +63,7 @@ class CheckpointerOptions:
     save_dtype: str | None = None
     keep_in_fp32: tuple[str, ...] = ()
     key_mapping: Mapping[str, str] | None = None
+    layout: str = "transformers"
     hf_export: bool = True
     hf_max_keep: int | None = None
     keep_hf: RetentionPolicy | None = None
@@ -87,6 +91,10 @@ class CheckpointerOptions:
             raise OptionError("keep_in_fp32 has no effect without save_dtype; set both or neither")
         if key_rules(self.key_mapping) is not None and self.hf_export is False:
             raise OptionError("key_mapping has no effect with hf_export=False: it names the keys of exports")
+        if self.layout not in ("transformers", "hub"):
+            raise OptionError(f"layout must be 'transformers' or 'hub', not {self.layout!r}")
+        if self.layout == "hub" and self.hf_export is False:
+            raise OptionError("layout='hub' has no effect with hf_export=False: it is one of exports")
         for name in ("hf_export", "publish_together", "save_frozen"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, not {getattr(self, name)!r}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,13 +15,16 @@ import torch
 
 from stillframe.cli.listing import format_metrics, format_size, local_time, printable
 from stillframe.load.checking import own_manifest
-from stillframe.load.directory import open_weights
+from stillframe.load.directory import open_weights, read_header
 from stillframe.load.distcp import open_distcp
 from stillframe.load.folder import open_folder
 from stillframe.load.metadata import METADATA_NAME
+from stillframe.load.safetensors import StoredTensor
 from stillframe.manifest import Manifest
 from stillframe.names import CHECKPOINT_PART, EXPORT_PART, TOGETHER
 from stillframe.records import time_of
+
+_ADAPTER = re.compile(r"([^/]+/)?adapter_model(-[0-9]{5}-of-[0-9]{5})?\.safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,23 +61,41 @@ def inspect(directory: Path) -> list[Inspected]:
         return [part for name in (EXPORT_PART, CHECKPOINT_PART) for part in inspect(directory / name)]
     if is_distcp:
         return [Inspected(path=directory, format="checkpoint", tensors=_chunked(directory), manifest=manifest)]
-    return [Inspected(path=directory, format="hf", tensors=_stored(directory), manifest=manifest)]
+    adapters = sorted(name for name in (manifest.files if manifest is not None else ()) if _ADAPTER.fullmatch(name))
+    tensors = _of_adapters(directory, adapters) if adapters else _stored(directory)
+    return [Inspected(path=directory, format="hf", tensors=tensors, manifest=manifest)]
 
 
 def _stored(directory: Path) -> tuple[ListedTensor, ...]:
     with open_weights(directory) as files:
-        return tuple(
-            ListedTensor(
-                name=tensor.name,
-                dtype=_name_of(tensor.dtype),
-                shape=tensor.shape,
-                size_bytes=tensor.length_bytes,
-                pieces=1,
-                files=(file.path.name,),
-            )
-            for file in files
-            for tensor in file.tensors
-        )
+        return tuple(_listed(tensor, tensor.name, file.path.name) for file in files for tensor in file.tensors)
+
+
+def _of_adapters(directory: Path, file_names: Sequence[str]) -> tuple[ListedTensor, ...]:
+    """Those of PEFT's adapters; the names of one in a folder begin with it."""
+    found: list[ListedTensor] = []
+    with open_folder(directory) as folder:
+        for file_name in file_names:
+            size = folder.own_size(file_name)
+            descriptor = folder.open_own_file(file_name)
+            try:
+                file = read_header(directory / file_name, descriptor, size)
+            finally:
+                os.close(descriptor)
+            inside = file_name[: file_name.rfind("/") + 1]
+            found += [_listed(tensor, inside + tensor.name, file_name) for tensor in file.tensors]
+    return tuple(found)
+
+
+def _listed(tensor: StoredTensor, name: str, file_name: str) -> ListedTensor:
+    return ListedTensor(
+        name=name,
+        dtype=_name_of(tensor.dtype),
+        shape=tensor.shape,
+        size_bytes=tensor.length_bytes,
+        pieces=1,
+        files=(file_name,),
+    )
 
 
 def _chunked(directory: Path) -> tuple[ListedTensor, ...]:

@@ -29,7 +29,8 @@ class PlacedItem:
     """An item of a file and what it consists of: an envelope's `content`, or `runs` of elements of tensors.
 
     `element_bytes` is the size of an element in the file; `cast_to` torch's name of its dtype there, None where it is
-    the tensors' own.
+    the tensors' own. With `dims` the runs are of a tensor with its dimensions in that order, of which ranks hold the
+    same runs as of the tensor itself.
     """
 
     file: int
@@ -39,6 +40,7 @@ class PlacedItem:
     runs: Runs | None = None
     element_bytes: int = 1
     cast_to: str | None = None
+    dims: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,7 @@ def _staged(
                     element_count=length // items[item].element_bytes,
                     arena_offset=place,
                     dtype=items[item].cast_to,
+                    dims=items[item].dims,
                 )
             )
     plan = WritePlan(

@@ -108,6 +108,8 @@ def _instead(names: set[str]) -> str:
     """What a directory without weights that can be loaded holds, in the user's terms."""
     if ".metadata" in names:
         return "; it is a torch.distributed.checkpoint directory, which dcp.load reads"
+    if "adapter_config.json" in names:
+        return "; it is an adapter, which peft.PeftModel.from_pretrained loads onto its base model"
     pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
     if pickled:
         return f", but {listed(pickled)}; pickled weights are not loaded, convert them to safetensors first"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stillframe.errors import ModelMismatch, UnsupportedModel
+from stillframe.layout.adapters import is_peft_model
 from stillframe.layout.huggingface import unwrapped
 from stillframe.layout.placement import Holding
 from stillframe.layout.renaming import KeyMapping
@@ -24,7 +25,7 @@ from stillframe.load.matching import Match, Target, match
 from stillframe.load.reading import Reader
 from stillframe.load.verifying import verify_tensors
 from stillframe.options import key_rules
-from stillframe.wrappers import without_wrappers
+from stillframe.wrappers import unwrapped_module, without_wrappers
 
 _COMPARED_ELEMENTS = 1 << 22
 
@@ -84,7 +85,10 @@ def load_hf(
     partly loaded.
     """
     rules = key_rules(key_mapping)
-    inner = _loadable(unwrapped(model, any_module=rules is not None))
+    inner = unwrapped_module(model)
+    if rules is None and is_peft_model(inner):
+        raise _carrying_adapters(inner)
+    inner = _loadable(unwrapped(inner, any_module=rules is not None))
     mapping = None if rules is None else KeyMapping(rules=rules)
     with open_weights(Path(directory)) as files:
         with without_wrappers(inner):
@@ -111,8 +115,12 @@ def _loadable(model: nn.Module) -> nn.Module:
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModel(f"{type(model).__name__} is quantized; load the weights before it is quantized")
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModel(f"{type(model).__name__} carries PEFT adapters; load the weights before adding them")
+        raise _carrying_adapters(model)
     return model
+
+
+def _carrying_adapters(model: nn.Module) -> UnsupportedModel:
+    return UnsupportedModel(f"{type(model).__name__} carries PEFT adapters; load the weights before adding them")
 
 
 def _plan(

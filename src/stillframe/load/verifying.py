@@ -158,7 +158,8 @@ def _check_form(place: Path) -> None:
             if name.endswith(".safetensors"):
                 descriptor = folder.open_own_file(name)
                 try:
-                    _check_header(place, read_header(place / name, descriptor, manifest.files[name].size), manifest)
+                    header = read_header(place / name, descriptor, manifest.files[name].size)
+                    _check_header(place, name, header, manifest)
                 finally:
                     os.close(descriptor)
         if {WEIGHTS_NAME, INDEX_NAME} & manifest.files.keys():
@@ -166,9 +167,10 @@ def _check_form(place: Path) -> None:
                 return
 
 
-def _check_header(place: Path, file: WeightFile, manifest: Manifest) -> None:
-    described = {tensor.name: (tensor.file_offset, tensor.length_bytes) for tensor in file.tensors}
-    published = {n: (e.offset, e.size) for n, e in manifest.tensors.items() if e.file == file.path.name}
+def _check_header(place: Path, file_name: str, file: WeightFile, manifest: Manifest) -> None:
+    folder = file_name[: file_name.rfind("/") + 1]  # that of an adapter; the manifest has its tensors with it
+    described = {folder + tensor.name: (tensor.file_offset, tensor.length_bytes) for tensor in file.tensors}
+    published = {n: (e.offset, e.size) for n, e in manifest.tensors.items() if e.file == file_name}
     for name in sorted(described.keys() | published.keys()):
         if described.get(name) != published.get(name):
             raise CorruptCheckpoint(
