@@ -8,9 +8,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from stillframe.errors import OptionError
-from stillframe.policies import KeepAll, KeepLast, Retention, RetentionPolicy
+from stillframe.policies import (
+    FailureAction,
+    FailurePolicies,
+    KeepAll,
+    KeepLast,
+    OnFailure,
+    Retention,
+    RetentionPolicy,
+)
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -30,12 +39,19 @@ class CheckpointerOptions:
     key_mapping: regular expressions -> what replaces their matches in the keys of exports, which else are those that
         transformers writes; the longest match wins. With one, {} included, any nn.Module can be exported, under its own
         names but for what is replaced; without, PreTrainedModels only.
+    layout: "transformers" writes the files that `save_pretrained` writes; "hub" gives weights the orientation that they
+        have in the model's checkpoints on the Hub, and that serving engines expect, where transformers saves another
+        one (the experts of Qwen3-VL-MoE). Refused for models without such weights.
     hf_export: whether exports are planned at all. False: none can be saved, and any nn.Module can be checkpointed.
     hf_max_keep: how many exports are kept, the newest by publication; None and -1 keep all.
     keep_hf: a rule for the same, instead of a number: see `stillframe.policies`.
     checkpoint_maxkeep, keep_checkpoints: likewise for checkpoints to resume from. Of snapshots the newest is kept.
     publish_together: an export and a checkpoint that are saved by one call become one directory `step-<N>`, or neither
         is published. It is kept as long as one of the two rules keeps it.
+    on_failure: what a save that failed in the background leads to: "raise" (in the next call), "abort" (the process
+        ends at once), "continue" (training goes on, for 3 failures in a row), or a `stillframe.policies.OnFailure` with
+        another number. What waits for a save itself (`save`, a future's `result`) raises in any case.
+    on_export_failure: likewise for exports, where it is to differ; exports and checkpoints are counted apart.
     save_frozen: False leaves parameters that need no gradient out of checkpoints; to resume then takes a model that
         has them already.
     save_timeout_s: bound on each wait of a save (for the other ranks' calls, the writing, the verdict), and on the
@@ -50,12 +66,15 @@ class CheckpointerOptions:
     keep_in_fp32: tuple[str, ...] = ()
     keep_in_bf16: tuple[str, ...] = ()
     key_mapping: Mapping[str, str] | None = None
+    layout: str = "transformers"
     hf_export: bool = True
     hf_max_keep: int | None = None
     keep_hf: RetentionPolicy | None = None
     checkpoint_maxkeep: int | None = None
     keep_checkpoints: RetentionPolicy | None = None
     publish_together: bool = False
+    on_failure: str | OnFailure = "raise"
+    on_export_failure: str | OnFailure | None = None
     save_frozen: bool = True
     save_timeout_s: float = 7200.0
     store_host: str | None = None
@@ -78,12 +97,16 @@ class CheckpointerOptions:
             raise OptionError("keep_in_bf16 has no effect without save_dtype='fp8'; set both or neither")
         if key_rules(self.key_mapping) is not None and self.hf_export is False:
             raise OptionError("key_mapping has no effect with hf_export=False: it names the keys of exports")
+        if self.layout not in ("transformers", "hub"):
+            raise OptionError(f"layout must be 'transformers' or 'hub', not {self.layout!r}")
+        if self.layout == "hub" and self.hf_export is False:
+            raise OptionError("layout='hub' has no effect with hf_export=False: it is one of exports")
         for name in ("hf_export", "publish_together", "save_frozen"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.publish_together and not self.hf_export:
             raise OptionError("publish_together has no effect with hf_export=False: there is no export to publish")
-        _ = self.retention
+        _ = self.retention, self.failure_policies
         timeout_s = self.save_timeout_s
         if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 0 < timeout_s < 10**7:
             raise OptionError(f"save_timeout_s must be a number of seconds above 0 and below 10^7, not {timeout_s!r}")
@@ -97,6 +120,23 @@ class CheckpointerOptions:
             checkpoints=self._rule("checkpoint_maxkeep", "keep_checkpoints"),
             exports=self._rule("hf_max_keep", "keep_hf"),
         )
+
+    @property
+    def failure_policies(self) -> FailurePolicies:
+        """What failures lead to, of exports and of all else."""
+        checkpoints = self._on_failure("on_failure")
+        return FailurePolicies(
+            checkpoints=checkpoints,
+            exports=checkpoints if self.on_export_failure is None else self._on_failure("on_export_failure"),
+        )
+
+    def _on_failure(self, name: str) -> OnFailure:
+        value = getattr(self, name)
+        if isinstance(value, OnFailure):
+            return value
+        if value not in get_args(FailureAction):
+            raise OptionError(f"{name} must be 'raise', 'abort', 'continue' or an OnFailure, not {value!r}")
+        return OnFailure(value)
 
     def _rule(self, number_name: str, policy_name: str) -> RetentionPolicy:
         number, policy = getattr(self, number_name), getattr(self, policy_name)

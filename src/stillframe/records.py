@@ -64,7 +64,8 @@ class Copy:
     """A contiguous run of elements of this rank's local part of a tensor, and where the snapshot puts it in the arena.
 
     `first_element` counts in the local tensor, flat and row-major; `arena_offset` in bytes. `dtype` is torch's name of
-    what the elements become in the copy ("bfloat16"), None where they stay as they are.
+    what the elements become in the copy ("bfloat16"), None where they stay as they are. With `dims` the elements are
+    those of the local tensor with its dimensions in that order, in the row-major order of that.
     """
 
     tensor: str
@@ -72,6 +73,7 @@ class Copy:
     element_count: int
     arena_offset: int
     dtype: str | None
+    dims: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,8 +276,13 @@ class CatalogEntry:
     @property
     def published_time(self) -> datetime | None:
         """`published_at` in UTC; None where the manifest has something there that is no time."""
-        try:
-            time = datetime.fromisoformat(self.published_at)
-            return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
-        except (ValueError, OverflowError):
-            return None
+        return time_of(self.published_at)
+
+
+def time_of(published_at: str) -> datetime | None:
+    """A manifest's `published_at` in UTC; None for something that is no time."""
+    try:
+        time = datetime.fromisoformat(published_at)
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None

@@ -27,6 +27,7 @@ LEVELS = (
     STAGES,
     {"export", "resumable", "save", "start"},
     {"frames", "resume"},
+    {"background"},
     {"checkpointer"},
     {"train"},
     {"cli"},

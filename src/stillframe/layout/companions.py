@@ -44,15 +44,16 @@ def render_config(
             if model.can_generate():
                 model.generation_config.save_pretrained(directory)
 
-    return _render(save, f"the config of {type(model).__name__}")
+    return rendered(save, f"the config of {type(model).__name__}")
 
 
 def render_companion(companion: Any) -> tuple[InlineFile, ...]:
     """The files that `save_pretrained` of a tokenizer or processor writes. Raises UnsupportedModel if it fails."""
-    return _render(lambda directory: companion.save_pretrained(directory), f"the {type(companion).__name__}")
+    return rendered(lambda directory: companion.save_pretrained(directory), f"the {type(companion).__name__}")
 
 
-def _render(save: Callable[[str], Any], what: str) -> tuple[InlineFile, ...]:
+def rendered(save: Callable[[str], Any], what: str) -> tuple[InlineFile, ...]:
+    """The files that `save` puts into the directory that it is given. Raises UnsupportedModel, naming `what`."""
     with tempfile.TemporaryDirectory(prefix="stillframe-") as directory:
         try:
             save(directory)

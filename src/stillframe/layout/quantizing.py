@@ -67,6 +67,7 @@ def quantize_keys(
             and len(key.shape) == 2
             and key.dtype == torch.bfloat16
             and len(key.runs)
+            and key.dims is None
             and allowed.issuperset(key.runs.source.tolist())
             and not any(pattern.search(key.name) for pattern in patterns)
         ):

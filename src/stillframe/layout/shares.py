@@ -41,7 +41,8 @@ class PlacedItem:
 
     `element_bytes` is the size of an element in the file; `cast_to` torch's name of its dtype there, None where it is
     the tensors' own. `matrix`: the key of a weight that is saved in fp8, for the item of the weight and for that of its
-    scales (`are_scales`).
+    scales (`are_scales`). With `dims` the runs are of a tensor with its dimensions in that order, of which ranks hold
+    the same runs as of the tensor itself.
     """
 
     file: int
@@ -53,6 +54,7 @@ class PlacedItem:
     cast_to: str | None = None
     matrix: str | None = None
     are_scales: bool = False
+    dims: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,7 @@ def _staged(
                     element_count=length // item.element_bytes,
                     arena_offset=place,
                     dtype=item.cast_to,
+                    dims=item.dims,
                 )
             )
         else:

@@ -129,7 +129,7 @@ def _following(hf: HuggingFacePlan, checkpoint: DistcpPlan) -> RankShare:
     as_they_are = {
         source
         for item in hf.items
-        if item.runs is not None and item.cast_to is None
+        if item.runs is not None and item.cast_to is None and item.dims is None
         for source in np.unique(item.runs.source).tolist()
     }
     holdings: dict[str, Holding] = dict(hf.holdings)
@@ -204,7 +204,7 @@ class _Staged:
     def place_of(self, piece: _Piece, tensors: Mapping[str, torch.Tensor]) -> int | None:
         """Where in the arena the bytes of `piece` are anyway, None if nowhere."""
         wanted = piece.origin
-        if isinstance(wanted, Envelope) or wanted.dtype is not None:
+        if isinstance(wanted, Envelope) or wanted.dtype is not None or wanted.dims is not None:
             return None
         tensor = tensors[wanted.tensor]
         copies = self._copies.get(id(tensor), [])

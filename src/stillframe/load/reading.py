@@ -66,6 +66,12 @@ class Reader:
         """File and offset of the first of the stored tensors that `runs` point into, to read in the files' order."""
         return min((self._sources[s][0], self._sources[s][1].file_offset) for s in np.unique(runs.source).tolist())
 
+    def stored_names(self, runs: Runs) -> set[str]:
+        """The stored tensors that `runs` point into, and their scales."""
+        used = np.unique(runs.source).tolist()
+        scales = [self._scales[source] for source in used]
+        return {self._sources[s][1].name for s in used} | {found.tensor.name for found in scales if found is not None}
+
     @torch.no_grad()
     def fill(self, flat: torch.Tensor, runs: Runs) -> None:
         """Fill `flat`, contiguous and of one dimension, whose elements `Runs.start` counts; values are cast as by
