@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stillframe.checkpointer import Checkpointer
     from stillframe.load.huggingface import load_hf
+    from stillframe.load.verifying import verify
 
 __version__ = version("stillframe")
-__all__ = ["Checkpointer", "__version__", "load_hf"]
+__all__ = ["Checkpointer", "__version__", "load_hf", "verify"]
 
-_HOMES = {"Checkpointer": "stillframe.checkpointer", "load_hf": "stillframe.load.huggingface"}
+_HOMES = {
+    "Checkpointer": "stillframe.checkpointer",
+    "load_hf": "stillframe.load.huggingface",
+    "verify": "stillframe.load.verifying",
+}
 
 
 def __dir__() -> list[str]:

@@ -9,10 +9,8 @@ import re
 import sys
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stillframe import provenance
+from stillframe.background import Background, Save
 from stillframe.catalog.directory import point_to_newest
 from stillframe.catalog.history import History
 from stillframe.commit.exchange import Exchange
@@ -39,65 +38,37 @@ from stillframe.errors import (
 from stillframe.export import Export
 from stillframe.frames import Frames, What
 from stillframe.layout.casting import Cast
-from stillframe.layout.huggingface import unwrapped
 from stillframe.layout.renaming import KeyMapping
-from stillframe.names import CHECKPOINT_PART, EXPORT_PART, KINDS, TOGETHER, latest_path, published_path
+from stillframe.names import KINDS, TOGETHER, latest_path, published_path
 from stillframe.options import CheckpointerOptions, checked_metrics, key_rules, run_directory
-from stillframe.policies import RetentionPolicy
+from stillframe.policies import OnFailure, RetentionPolicy
 from stillframe.records import Layout, Recovered
 from stillframe.resumable import Resumable, encode_train_state
 from stillframe.resume import ResumeChoice, Resumed, branch_of, published_dir, resume, set_aside
-from stillframe.save import SaveJob, run_save
+from stillframe.save import SaveJob
 from stillframe.start import Started, agree_to_start
 from stillframe.state.objects import Stateful, check_stateful
-from stillframe.watch.monitor import Monitor
 from stillframe.watch.progress import SaveProgress, SaveReport, Tracker
 from stillframe.wrappers import unwrapped_module
 
 _log = logging.getLogger("stillframe")
-_KEPT_REPORTS = 256
-_GOODBYE_TIMEOUT_S = 60.0
 _MAX_STEP = 10**18
-
-
-@dataclass(frozen=True, slots=True)
-class _Save:
-    """One directory to be: its job, and the futures that end with it, each with the path that it resolves to."""
-
-    job: SaveJob
-    tracker: Tracker
-    futures: tuple[tuple[Future[Path], Path], ...]
-
-    @property
-    def is_over(self) -> bool:
-        return all(future.done() for future, _ in self.futures)
-
-
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    """What one call saves: its directories, one after the other."""
-
-    thread: threading.Thread
-    saves: tuple[_Save, ...]
-
-    @property
-    def tracker(self) -> Tracker:
-        """That of the directory that is being made."""
-        return next((save.tracker for save in self.saves if not save.is_over), self.saves[-1].tracker)
 
 
 class Checkpointer:
     """Saves a training run, asynchronously and all or nothing, into `run_dir`: exports and checkpoints to resume from.
 
     Every rank of the job makes one with the same arguments, after `fully_shard` or DDP (the constructor waits for all
-    ranks), and then calls the same saves in the same order. No call communicates through a process group. Works without
-    torch.distributed too. A context manager: leaving it closes.
+    ranks), and then calls the same saves in the same order. No call communicates through a process group,
+    but for exports in fp8 whose blocks are cut between ranks. Works without torch.distributed too. A context manager:
+    leaving it closes.
 
     Args:
         run_dir: where checkpoints appear; on a file system that all ranks share. Created if missing. What an earlier
             run wrote whole but could not publish is published now, the rest of what it left is removed (`recovered`).
         model: a transformers PreTrainedModel, plain, in DDP, or sharded with FSDP2; with a `key_mapping`, or with
-            `hf_export=False`, any module.
+            `hf_export=False`, any module. Of one with PEFT's adapters (a PeftModel, or `add_adapter`) exports are the
+            adapters alone, as PEFT saves them.
             Tensors that are not DTensors count as replicated: parameters must be equal on all ranks; of buffers, rank
             0's are saved.
         optimizer: what checkpoints hold besides the model; one or several. Made from the sharded model's parameters.
@@ -130,10 +101,14 @@ class Checkpointer:
         max_shard_size: int | str = "50GB",
         save_dtype: str | torch.dtype | None = None,
         keep_in_fp32: Sequence[str] = (),
+        keep_in_bf16: Sequence[str] = (),
         key_mapping: Mapping[str, str] | None = None,
+        layout: str = "transformers",
         save_frozen: bool = True,
         pipeline: bool = False,
         publish_together: bool = False,
+        on_failure: str | OnFailure = "raise",
+        on_export_failure: str | OnFailure | None = None,
         hf_max_keep: int | None = None,
         checkpoint_maxkeep: int | None = None,
         keep_hf: RetentionPolicy | None = None,
@@ -147,10 +122,14 @@ class Checkpointer:
             max_shard_size=max_shard_size,
             save_dtype=None if save_dtype is None else str(save_dtype).removeprefix("torch."),
             keep_in_fp32=(keep_in_fp32,) if isinstance(keep_in_fp32, str) else tuple(keep_in_fp32),
+            keep_in_bf16=(keep_in_bf16,) if isinstance(keep_in_bf16, str) else tuple(keep_in_bf16),
             key_mapping=key_mapping,
+            layout=layout,
             save_frozen=save_frozen,
             pipeline=pipeline,
             publish_together=publish_together,
+            on_failure=on_failure,
+            on_export_failure=on_export_failure,
             hf_max_keep=hf_max_keep,
             checkpoint_maxkeep=checkpoint_maxkeep,
             keep_hf=keep_hf,
@@ -161,29 +140,27 @@ class Checkpointer:
         optimizers = _optimizers(optimizer)
         named = {"scheduler": scheduler, "dataloader": dataloader}
         own = check_stateful({**{n: o for n, o in named.items() if o is not None}, **_without_names(stateful, named)})
-        self._monitor = Monitor()
-        self._reports: deque[SaveReport] = deque(maxlen=_KEPT_REPORTS)
-        self._in_flight: _InFlight | None = None
         self._launching = threading.Lock()
         self._closed = False
         self._frames: Frames | None = None
         self._history: History | None = None
         self._branch = ""
         self._meeting = meet(self._options.run_dir, store_host=store_host, timeout_s=save_timeout_s)
-        self._ballot = Ballot(self._meeting, step=None, path=self._options.run_dir, timeout_s=save_timeout_s)
+        ballot = Ballot(self._meeting, step=None, path=self._options.run_dir, timeout_s=save_timeout_s)
+        self._background = Background(self._meeting, ballot, self._options.failure_policies)
         self._exchange = Exchange(self._meeting, run_dir=self._options.run_dir, timeout_s=save_timeout_s)
         self._at_exit = _exit_handler(weakref.ref(self))
         companions = tuple(companion for companion in (processor, tokenizer) if companion is not None)
         try:
             self._started: Started = agree_to_start(
                 self._options.run_dir,
-                self._ballot,
+                ballot,
                 self._meeting,
                 lambda: self._set_up(model, config, companions, optimizers, own),
                 self._begin_history,
                 self._exchange.excuse if pipeline else lambda error: None,
             )
-            self._steps = dict(self._started.steps)
+            self._background.steps = self._started.steps
         except BaseException:
             self._release()
             raise
@@ -209,7 +186,7 @@ class Checkpointer:
 
         Raises SaveFailed if it was not published, or if what follows publication failed (`stage` tells).
         """
-        return self._finish(self._launch("hf", ("hf",), step, None, metrics, overwrite))[0]
+        return self._background.finish(self._launch("hf", ("hf",), step, None, metrics, overwrite))[0]
 
     def async_save(
         self,
@@ -244,7 +221,7 @@ class Checkpointer:
     ) -> Path:
         """Save as `async_save` does, the same bytes, and wait until it is over, link and retention included."""
         kinds = ("snapshot" if snapshot else "checkpoint",)
-        return self._finish(self._launch("checkpoint", kinds, step, train_state, metrics, overwrite))[0]
+        return self._background.finish(self._launch("checkpoint", kinds, step, train_state, metrics, overwrite))[0]
 
     def async_save_both(
         self,
@@ -281,7 +258,7 @@ class Checkpointer:
         futures = self.async_save_both(
             step, train_state=train_state, metrics=metrics, snapshot=snapshot, overwrite=overwrite
         )
-        checkpoint, export = self._finish(futures)
+        checkpoint, export = self._background.finish(futures)
         return checkpoint, export
 
     def prepare(self, *, both: bool = False) -> None:
@@ -298,7 +275,7 @@ class Checkpointer:
             whats.append("step" if self._options.publish_together else "both")
         for what in whats:
             frames.refuse_unplanned(what)
-        self._wait_for_in_flight()
+        self._background.wait()
         for what in whats:
             frames.meet(what)
             frames.prepare(what)
@@ -337,8 +314,8 @@ class Checkpointer:
         anything is changed), with the rank that found it. After CorruptCheckpoint the model may be partly loaded.
         """
         frames = self._live_frames()
-        self._wait_for_in_flight()
-        self._monitor.raise_pending()
+        self._background.wait()
+        self._background.check()
         choice = ResumeChoice(
             run_dir=self._options.run_dir,
             path=None if path is None else Path(path),
@@ -348,11 +325,9 @@ class Checkpointer:
             verify=verify,
         )
         frames.meet("checkpoint")
-        resumed = resume(choice, frames.resumable, self._next_ballot, self._meeting, self._go_on_from)
+        resumed = resume(choice, frames.resumable, self._background.next_ballot, self._meeting, self._go_on_from)
         if resumed is not None:
-            gone = set(resumed.passed_over)
-            for kind, steps in self._steps.items():
-                self._steps[kind] = frozenset(s for s in steps if published_path(choice.run_dir, kind, s) not in gone)
+            self._background.forget(choice.run_dir, resumed.passed_over)
             frames.meet("checkpoint")
             frames.prepare("checkpoint")  # now that the optimizer has its state, before training begins
         return resumed
@@ -364,18 +339,17 @@ class Checkpointer:
 
     def check(self) -> None:
         """Raise what a save in the background failed with, if one did and it was not raised yet. Costs nothing."""
-        self._monitor.raise_pending()
+        self._background.check()
 
     @property
     def in_flight(self) -> SaveProgress | None:
         """How far the save in flight is on this rank; None if there is none."""
-        current = self._in_flight
-        return current.tracker.progress() if current is not None and current.thread.is_alive() else None
+        return self._background.progress
 
     @property
     def reports(self) -> Sequence[SaveReport]:
         """The published saves of this Checkpointer, oldest first (at most the last 256)."""
-        return tuple(self._reports)
+        return self._background.reports
 
     @property
     def writer_pid(self) -> int:
@@ -389,9 +363,9 @@ class Checkpointer:
         """
         if self._closed:
             return
-        self._wait_for_in_flight()
+        self._background.wait()
         self._release()
-        self._monitor.raise_pending()
+        self._background.check()
         if self._history is not None:
             try:
                 self._history.end()
@@ -432,10 +406,11 @@ class Checkpointer:
         if self._options.hf_export:
             rules = key_rules(self._options.key_mapping)
             export = Export(
-                unwrapped(model, any_module=rules is not None),
+                model,
                 config=config,
                 companions=companions,
                 key_mapping=None if rules is None else KeyMapping(rules=rules),
+                hub_layout=self._options.layout == "hub",
                 max_shard_bytes=self._options.max_shard_bytes,
                 cast=_cast(self._options),
                 rank=rank,
@@ -451,7 +426,9 @@ class Checkpointer:
             world_size=world_size,
             exchange=exchange,
         )
-        self._frames = Frames(export, resumable, rank=rank, world_size=world_size)
+        self._frames = Frames(
+            export, resumable, rank=rank, world_size=world_size, timeout_s=self._options.save_timeout_s
+        )
         return self._frames.layout
 
     def _begin_history(self) -> None:
@@ -469,18 +446,14 @@ class Checkpointer:
         """Rank 0, once every rank has loaded: what that means for the run directory."""
         assert self._history is not None, "rank 0 began it at the start"
         self._branch = branch_of(self._options.run_dir, resumed.path, damaged)
-        set_aside(damaged, self._ballot.attempt)
+        set_aside(damaged, self._background.ballot.attempt)
         for kind in KINDS if damaged else ():
-            point_to_newest(self._options.run_dir, kind, self._ballot.attempt)
+            point_to_newest(self._options.run_dir, kind, self._background.ballot.attempt)
             link = latest_path(self._options.run_dir, kind)
             if link.is_symlink() and not link.exists():
                 link.unlink()  # there is none of the kind any more
         origin = published_dir(resumed.path.resolve()).name
         self._history.resumed(origin, step=resumed.step or 0, branch=self._branch)
-
-    def _next_ballot(self, step: int | None, path: Path) -> Ballot:
-        self._ballot = self._ballot.successor(step=step, path=path)
-        return self._ballot
 
     def _live_frames(self) -> Frames:
         if self._closed or self._frames is None:
@@ -523,11 +496,11 @@ class Checkpointer:
         overwrite: bool,
     ) -> tuple[Future[Path], ...]:
         trackers = [Tracker(kind, step) for kind in kinds]
-        self._wait_for_in_flight()
-        self._monitor.raise_pending()
+        self._background.wait()
+        self._background.check()
         for kind, tracker in zip(kinds, trackers, strict=True):
             tracker.waited()
-            if step in self._steps[kind] and not overwrite:
+            if step in self._background.steps[kind] and not overwrite:
                 # Known on all ranks alike since the last verdict, so all refuse, and none waits for the others.
                 reason = "it exists already; pass overwrite=True to replace it"
                 final_dir = published_path(self._options.run_dir, kind, step)
@@ -565,64 +538,9 @@ class Checkpointer:
                 history=self._history,
                 timeout_s=self._options.save_timeout_s,
             )
-            saves.append(_Save(job=job, tracker=tracker, futures=_futures(job)))
-        thread = threading.Thread(
-            target=self._run_all,
-            args=(saves, frames),
-            name=f"stillframe-save-{step}",
-            daemon=True,  # a training that ends with an exception must not wait for it
-        )
-        self._in_flight = _InFlight(thread, tuple(saves))
-        thread.start()
+            saves.append(Save(job, tracker))
+        self._background.launch(saves, frames.writer)
         return tuple(future for save in saves for future, _ in save.futures)
-
-    def _finish(self, futures: Sequence[Future[Path]]) -> list[Path]:
-        """Wait until the saves are over, and raise what the first of them failed with."""
-        try:
-            paths = [future.result() for future in futures]
-        except StillframeError as error:
-            self._monitor.withdraw(error)
-            self._wait_for_in_flight()
-            raise
-        self._wait_for_in_flight()
-        self.check()
-        return paths
-
-    def _run_all(self, saves: Sequence[_Save], frames: Frames) -> None:
-        for save in saves:
-            self._run(save, frames)
-
-    def _run(self, save: _Save, frames: Frames) -> None:
-        """One directory, on the saves' own thread: whatever happens here reaches the futures and the monitor."""
-        job = save.job
-
-        def on_published() -> None:
-            self._reports.append(save.tracker.report(job.final_dir))
-            for future, path in save.futures:
-                future.set_result(path)
-
-        before = self._ballot
-        ballot = self._next_ballot(job.step, job.final_dir)
-        try:
-            aftermath = run_save(job, ballot, self._meeting, frames.writer, save.tracker, on_published)
-            if self._meeting.rank == 0:
-                before.forget()  # every rank has voted on this attempt, so each is done with the one before
-            self._steps = {kind: frozenset(steps) for kind, steps in aftermath.steps.items()}
-            if aftermath.trouble is not None:
-                raise aftermath.trouble.exception(step=job.step, path=job.final_dir)
-        except BaseException as error:  # noqa: BLE001  # the futures must end, and the user must learn, whatever it is
-            failure = error if isinstance(error, StillframeError) else _unexpected(error, job)
-            _log.error("%s", failure)
-            self._monitor.report(failure)
-            for future, _ in save.futures:
-                if not future.done():
-                    future.set_exception(failure)
-
-    def _wait_for_in_flight(self) -> None:
-        """Wait until the save in flight is over, link and retention included; bounded, for each step of a save is."""
-        if self._in_flight is not None:
-            self._in_flight.thread.join()
-            self._in_flight = None
 
     def _release(self) -> None:
         """Give everything back; the last thing that a Checkpointer does."""
@@ -634,19 +552,12 @@ class Checkpointer:
             if self._frames is not None:
                 self._frames.close()
         finally:
-            if self._meeting.rank == 0 and not self._ballot.await_acknowledged(_GOODBYE_TIMEOUT_S):
-                _log.warning("not all ranks asked for the verdict of the last save within %.0f s", _GOODBYE_TIMEOUT_S)
-            self._meeting.leave()
+            self._background.leave()
 
     def _close_at_exit(self) -> None:
         """Close, but wait for other ranks no longer than they may need; they may have ended long ago."""
-        if self._in_flight is not None:
-            self._in_flight.thread.join(_GOODBYE_TIMEOUT_S)
-            if self._in_flight.thread.is_alive():
-                step = self._in_flight.tracker.progress().step
-                _log.error("ending without the save of step %d: not published in %.0f s", step, _GOODBYE_TIMEOUT_S)
-                return
-        self.close()
+        if self._background.is_over_soon():
+            self.close()
 
     def _close_behind(self) -> None:
         try:
@@ -670,28 +581,15 @@ def _without_names(stateful: Mapping[str, Any] | None, taken: Collection[str]) -
     return stateful or {}
 
 
-def _futures(job: SaveJob) -> tuple[tuple[Future[Path], Path], ...]:
-    """One future a directory that the user asked for; none can be cancelled, for the other ranks save too."""
-    inside = (CHECKPOINT_PART, EXPORT_PART) if job.kind == TOGETHER else (".",)
-    futures = tuple((Future[Path](), job.final_dir / name) for name in inside)
-    for future, _ in futures:
-        future.set_running_or_notify_cancel()
-    return futures
-
-
 def _cast(options: CheckpointerOptions) -> Cast | None:
     if options.save_dtype is None:
         return None
+    is_fp8 = options.save_dtype == "fp8"
     return Cast(
-        dtype=getattr(torch, options.save_dtype), keep=tuple(re.compile(pattern) for pattern in options.keep_in_fp32)
+        dtype=torch.bfloat16 if is_fp8 else getattr(torch, options.save_dtype),
+        keep=tuple(re.compile(pattern) for pattern in options.keep_in_fp32),
+        fp8_but=tuple(re.compile(pattern) for pattern in options.keep_in_bf16) if is_fp8 else None,
     )
-
-
-def _unexpected(error: BaseException, job: SaveJob) -> SaveFailed:
-    reason = f"{type(error).__name__}: {error}"
-    failure = SaveFailed(reason, step=job.step, rank=None, stage="vote", path=job.final_dir)
-    failure.__cause__ = error
-    return failure
 
 
 def _exit_handler(reference: weakref.ref[Checkpointer]) -> Callable[[], None]:

@@ -7,23 +7,27 @@ and kept while model and optimizer keep their tensors.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from stillframe.errors import UnsupportedModel
+from stillframe.errors import StillframeError, UnsupportedModel
 from stillframe.export import Export
 from stillframe.layout.distcp import DistcpPlan
 from stillframe.layout.huggingface import HuggingFacePlan
 from stillframe.layout.together import as_one, plan_together, share_as_one
 from stillframe.names import CHECKPOINT_PART, EXPORT_PART
-from stillframe.records import Copy, Envelope, InlineFile, Layout, WritePlan
+from stillframe.records import Blocks, Copy, Envelope, InlineFile, Layout, WritePlan
 from stillframe.resumable import Resumable
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.copy import Snapshotter
+from stillframe.snapshot.maxima import SharedMaxima
 from stillframe.writer.client import WriterClient
+
+_log = logging.getLogger("stillframe")
 
 What = Literal["hf", "checkpoint", "both", "step"]
 """What a frame is of: an export, a checkpoint, both as two directories, or both as one."""
@@ -52,6 +56,7 @@ class _Staging:
     copies: Sequence[Copy]
     envelopes: Sequence[Envelope]
     tensors: Mapping[str, torch.Tensor]
+    blocks: Blocks | None
     snapshotter: Snapshotter | None = None
 
     @staticmethod
@@ -63,14 +68,19 @@ class _Staging:
             copies=share.copies,
             envelopes=share.envelopes,
             tensors=plan.tensors,
+            blocks=plan.blocks if isinstance(plan, HuggingFacePlan) else None,
         )
 
 
 class Frames:
     """Takes the frames of one Checkpointer. One thread at a time, and never while the writer uses the arena."""
 
-    def __init__(self, export: Export | None, resumable: Resumable, *, rank: int, world_size: int) -> None:
+    def __init__(
+        self, export: Export | None, resumable: Resumable, *, rank: int, world_size: int, timeout_s: float
+    ) -> None:
         """Plan the export, if there is one, allocate the arena, start the writer.
+
+        `timeout_s` bounds the wait for the other ranks in a frame that they must take together.
 
         Raises LayoutError, StillframeError, or the writer's WriterError; nothing is left then.
         """
@@ -84,6 +94,8 @@ class Frames:
         self._current: _Staging | None = None
         self._arena: Arena | None = None
         self._writer: WriterClient | None = None
+        self._shared_maxima = SharedMaxima(timeout_s)
+        self._shares_blocks = False
         try:
             what: What = "hf" if export is not None else "checkpoint"
             self._meet(what)
@@ -105,7 +117,16 @@ class Frames:
         return layout
 
     def without_content(self, what: What) -> tuple[Part, ...]:
-        """Parts of a frame that could not be taken: nothing can be written from them, and no other rank agrees."""
+        """Parts of a frame that could not be taken: nothing can be written from them, and no other rank agrees.
+
+        Those that wait for this rank, if the frame is one that all must take together, are told.
+        """
+        if what != "checkpoint" and self._shares_blocks and not self._shared_maxima.was_met:
+            try:
+                self._shared_maxima.absent()
+            except StillframeError as error:
+                _log.error("%s", error)
+        self._shared_maxima.was_met = False
         formats = {"both": ("checkpoint", "hf")}.get(what, (what,))
         return tuple(
             Part(
@@ -156,7 +177,8 @@ class Frames:
     def take(self, what: What, *, train_state: bytes) -> tuple[Part, ...]:
         """Copy this rank's share into the arena; when it returns, the tensors may change again.
 
-        Blocks for the copy. Of "both", the checkpoint comes first.
+        Blocks for the copy; of an export in fp8 whose blocks are cut between ranks, until all ranks take theirs. Of
+        "both", the checkpoint comes first.
         """
         self.prepare(what)
         staging = self._stagings[what]
@@ -165,6 +187,7 @@ class Frames:
             staging.snapshotter.lay_envelopes()
             self._current = staging
         staging.snapshotter.copy()
+        self._shared_maxima.was_met = False
         files = self._files(what, train_state)
         return tuple(
             Part(
@@ -182,6 +205,7 @@ class Frames:
             if self._writer is not None:
                 self._writer.close()
         finally:
+            self._shared_maxima.close()
             self._stagings.clear()
             self._free_arena()
 
@@ -205,6 +229,8 @@ class Frames:
     def _plan(self, what: What) -> _Staging:
         export = self.export.plan(self._next_id()) if what != "checkpoint" and self.export is not None else None
         checkpoint = self.resumable.plan(self._next_id()) if what != "hf" else None
+        if export is not None:
+            self._shares_blocks = export.blocks is not None and export.blocks.shared_count > 0
         if export is None or checkpoint is None:
             alone = export or checkpoint
             assert alone is not None, "everything is one or both"
@@ -216,7 +242,12 @@ class Frames:
             layouts = (as_one(export.layout, checkpoint.layout),)
             plans = (share_as_one(joint, layouts[0], plan_id=self._next_id()).plan,)
         return _Staging(
-            layouts=layouts, plans=plans, copies=joint.copies, envelopes=joint.envelopes, tensors=joint.tensors
+            layouts=layouts,
+            plans=plans,
+            copies=joint.copies,
+            envelopes=joint.envelopes,
+            tensors=joint.tensors,
+            blocks=joint.blocks,
         )
 
     def _next_id(self) -> int:
@@ -236,7 +267,14 @@ class Frames:
         self._writer.set_plans(self._write_plans(), self._arena.fd)
         for staging in self._stagings.values():
             if staging.snapshotter is None:
-                staging.snapshotter = Snapshotter(staging.tensors, staging.copies, staging.envelopes, self._arena)
+                staging.snapshotter = Snapshotter(
+                    staging.tensors,
+                    staging.copies,
+                    staging.envelopes,
+                    self._arena,
+                    blocks=staging.blocks,
+                    shared_maxima=self._shared_maxima,
+                )
 
     def _write_plans(self) -> list[WritePlan]:
         return [plan for staging in self._stagings.values() for plan in staging.plans]

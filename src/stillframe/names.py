@@ -108,3 +108,12 @@ def parse_complete(name: str) -> tuple[str, int, str] | None:
     """`(kind, step, attempt)` of the name that a whole directory has just before its final one, None for any other."""
     match = _COMPLETE.fullmatch(name)
     return (match[1], int(match[2]), match[3]) if match else None
+
+
+def is_unicode(name: str) -> bool:
+    """Whether `name` can be written as UTF-8: one with lone surrogates cannot, and Python makes such names of bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -8,9 +8,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from stillframe.errors import OptionError
-from stillframe.policies import KeepAll, KeepLast, Retention, RetentionPolicy
+from stillframe.policies import (
+    FailureAction,
+    FailurePolicies,
+    KeepAll,
+    KeepLast,
+    OnFailure,
+    Retention,
+    RetentionPolicy,
+)
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -23,11 +32,16 @@ class CheckpointerOptions:
     max_shard_size: largest weights file, in bytes or as text such as "5GB" (decimal units, as in transformers). A
         single storage block beyond it gets a file of its own.
     save_dtype: "bfloat16" saves floating-point parameters so, cast in the snapshot; None saves what there is. Buffers,
-        and modules that transformers keeps in float32, keep their dtype.
+        and modules that transformers keeps in float32, keep their dtype. "fp8" saves the weights of linear layers and
+        experts as float8_e4m3fn with a scale for each block of 128 x 128, everything else as "bfloat16" does.
     keep_in_fp32: regular expressions; parameters whose key or name in the model matches one are not cast.
+    keep_in_bf16: likewise, with save_dtype="fp8"; these are saved in bfloat16.
     key_mapping: regular expressions -> what replaces their matches in the keys of exports, which else are those that
         transformers writes; the longest match wins. With one, {} included, any nn.Module can be exported, under its own
         names but for what is replaced; without, PreTrainedModels only.
+    layout: "transformers" writes the files that `save_pretrained` writes; "hub" gives weights the orientation that they
+        have in the model's checkpoints on the Hub, and that serving engines expect, where transformers saves another
+        one (the experts of Qwen3-VL-MoE). Refused for models without such weights.
     hf_export: whether exports are planned at all. False: none can be saved, and any nn.Module can be checkpointed.
     hf_max_keep: how many exports are kept, the newest by publication; None and -1 keep all.
     keep_hf: a rule for the same, instead of a number: see `stillframe.policies`.
@@ -36,6 +50,10 @@ class CheckpointerOptions:
         that lacks what other stages have. False: all ranks must have the same names.
     publish_together: an export and a checkpoint that are saved by one call become one directory `step-<N>`, or neither
         is published. It is kept as long as one of the two rules keeps it.
+    on_failure: what a save that failed in the background leads to: "raise" (in the next call), "abort" (the process
+        ends at once), "continue" (training goes on, for 3 failures in a row), or a `stillframe.policies.OnFailure` with
+        another number. What waits for a save itself (`save`, a future's `result`) raises in any case.
+    on_export_failure: likewise for exports, where it is to differ; exports and checkpoints are counted apart.
     save_frozen: False leaves parameters that need no gradient out of checkpoints; to resume then takes a model that
         has them already.
     save_timeout_s: bound on each wait of a save (for the other ranks' calls, the writing, the verdict), and on the
@@ -48,7 +66,9 @@ class CheckpointerOptions:
     max_shard_size: int | str = "50GB"
     save_dtype: str | None = None
     keep_in_fp32: tuple[str, ...] = ()
+    keep_in_bf16: tuple[str, ...] = ()
     key_mapping: Mapping[str, str] | None = None
+    layout: str = "transformers"
     hf_export: bool = True
     hf_max_keep: int | None = None
     keep_hf: RetentionPolicy | None = None
@@ -56,6 +76,8 @@ class CheckpointerOptions:
     keep_checkpoints: RetentionPolicy | None = None
     pipeline: bool = False
     publish_together: bool = False
+    on_failure: str | OnFailure = "raise"
+    on_export_failure: str | OnFailure | None = None
     save_frozen: bool = True
     save_timeout_s: float = 7200.0
     store_host: str | None = None
@@ -64,23 +86,32 @@ class CheckpointerOptions:
         if not isinstance(self.run_dir, Path):
             raise OptionError(f"run_dir must be a path, not {self.run_dir!r}")
         _ = self.max_shard_bytes
-        if self.save_dtype not in (None, "bfloat16"):
-            raise OptionError(f"save_dtype must be None (as it is) or 'bfloat16', not {self.save_dtype!r}")
-        for pattern in self.keep_in_fp32:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise OptionError(f"keep_in_fp32 has {pattern!r}, which is no regular expression: {error}") from error
+        if self.save_dtype not in (None, "bfloat16", "fp8"):
+            raise OptionError(f"save_dtype must be None (as it is), 'bfloat16' or 'fp8', not {self.save_dtype!r}")
+        for name in ("keep_in_fp32", "keep_in_bf16"):
+            for pattern in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except (re.error, TypeError) as error:
+                    raise OptionError(f"{name} has {pattern!r}, which is no regular expression: {error}") from error
         if self.keep_in_fp32 and self.save_dtype is None:
             raise OptionError("keep_in_fp32 has no effect without save_dtype; set both or neither")
+        if self.keep_in_bf16 and self.save_dtype != "fp8":
+            raise OptionError("keep_in_bf16 has no effect without save_dtype='fp8'; set both or neither")
         if key_rules(self.key_mapping) is not None and self.hf_export is False:
             raise OptionError("key_mapping has no effect with hf_export=False: it names the keys of exports")
+        if self.layout not in ("transformers", "hub"):
+            raise OptionError(f"layout must be 'transformers' or 'hub', not {self.layout!r}")
+        if self.layout == "hub" and self.hf_export is False:
+            raise OptionError("layout='hub' has no effect with hf_export=False: it is one of exports")
+        if self.pipeline and (self.save_dtype == "fp8" or self.layout == "hub"):
+            raise OptionError("pipeline=True goes neither with save_dtype='fp8' nor with layout='hub' yet")
         for name in ("hf_export", "pipeline", "publish_together", "save_frozen"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.publish_together and not self.hf_export:
             raise OptionError("publish_together has no effect with hf_export=False: there is no export to publish")
-        _ = self.retention
+        _ = self.retention, self.failure_policies
         timeout_s = self.save_timeout_s
         if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 0 < timeout_s < 10**7:
             raise OptionError(f"save_timeout_s must be a number of seconds above 0 and below 10^7, not {timeout_s!r}")
@@ -94,6 +125,23 @@ class CheckpointerOptions:
             checkpoints=self._rule("checkpoint_maxkeep", "keep_checkpoints"),
             exports=self._rule("hf_max_keep", "keep_hf"),
         )
+
+    @property
+    def failure_policies(self) -> FailurePolicies:
+        """What failures lead to, of exports and of all else."""
+        checkpoints = self._on_failure("on_failure")
+        return FailurePolicies(
+            checkpoints=checkpoints,
+            exports=checkpoints if self.on_export_failure is None else self._on_failure("on_export_failure"),
+        )
+
+    def _on_failure(self, name: str) -> OnFailure:
+        value = getattr(self, name)
+        if isinstance(value, OnFailure):
+            return value
+        if value not in get_args(FailureAction):
+            raise OptionError(f"{name} must be 'raise', 'abort', 'continue' or an OnFailure, not {value!r}")
+        return OnFailure(value)
 
     def _rule(self, number_name: str, policy_name: str) -> RetentionPolicy:
         number, policy = getattr(self, number_name), getattr(self, policy_name)

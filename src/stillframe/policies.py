@@ -1,4 +1,4 @@
-"""Rules of retention: which published checkpoints are kept. Small, pure, and put together with `|`.
+"""What a Checkpointer decides by: rules of retention, small, pure, put together with `|`; what a failed save leads to.
 
     KeepLast(3) | KeepEvery(1000) | KeepBest("eval/loss")
 
@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Literal, get_args
 
 from stillframe.errors import OptionError
 from stillframe.records import CatalogEntry
@@ -141,6 +142,41 @@ class Retention:
 
     checkpoints: RetentionPolicy
     exports: RetentionPolicy
+
+
+FailureAction = Literal["raise", "abort", "continue"]
+
+
+@dataclass(frozen=True, slots=True)
+class OnFailure:
+    """What a save that failed in the background leads to, on every rank.
+
+    "raise": the next call of the Checkpointer raises it. "abort": the process ends at once, with status
+    `ABORT_STATUS`; the other ranks' end likewise, and no signal is sent to anybody. "continue": it is logged, and
+    training goes on, for at most `at_most` failures in a row; the one after them is raised.
+    """
+
+    action: FailureAction
+    at_most: int = 3
+
+    def __post_init__(self) -> None:
+        if self.action not in get_args(FailureAction):
+            raise OptionError(
+                f"OnFailure: action must be one of {', '.join(get_args(FailureAction))}, not {self.action!r}"
+            )
+        _require_positive("OnFailure", "at_most", self.at_most)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailurePolicies:
+    """What failures of exports lead to, and those of all else."""
+
+    checkpoints: OnFailure
+    exports: OnFailure
+
+
+ABORT_STATUS = 74
+"""The exit status of a process that `OnFailure("abort")` ends: EX_IOERR of sysexits.h."""
 
 
 def _require_positive(policy: str, name: str, value: int) -> None:

@@ -64,7 +64,8 @@ class Copy:
     """A contiguous run of elements of this rank's local part of a tensor, and where the snapshot puts it in the arena.
 
     `first_element` counts in the local tensor, flat and row-major; `arena_offset` in bytes. `dtype` is torch's name of
-    what the elements become in the copy ("bfloat16"), None where they stay as they are.
+    what the elements become in the copy ("bfloat16"), None where they stay as they are. With `dims` the elements are
+    those of the local tensor with its dimensions in that order, in the row-major order of that.
     """
 
     tensor: str
@@ -72,6 +73,69 @@ class Copy:
     element_count: int
     arena_offset: int
     dtype: str | None
+    dims: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedCopy(Copy):
+    """A copy of elements of a matrix that is saved in fp8, each multiplied by the scale of its block.
+
+    `matrix` is the key, `position` the place of the first element in it, flat and row-major.
+    """
+
+    matrix: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalesCopy(Copy):
+    """Scales of the blocks of `matrix`, from number `position` on, flat and row-major; they are worked out in the copy.
+
+    Who writes them is who holds elements of those blocks: `tensor` and `first_element` say where.
+    """
+
+    matrix: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """A rectangle of a matrix, and where its rows lie in the local part of `tensor` and in some other place.
+
+    Row i of it begins at element `element + i * element_step` of the flat tensor, and at `place + i * place_step`.
+    """
+
+    tensor: str
+    row: int
+    rows: int
+    column: int
+    columns: int
+    element: int
+    element_step: int
+    place: int
+    place_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """A matrix that is saved in fp8: what of it this rank holds (`patches`), and which rows of blocks ranks share.
+
+    `shared`: `(first row of blocks, how many, place of their first block in the table)`. The table has the blocks that
+    no rank may hold alone, of all matrices; all ranks number it alike.
+    """
+
+    rows: int
+    columns: int
+    patches: tuple[Patch, ...]
+    shared: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """The matrices, by key, of which this rank holds anything, and the length of the table of shared blocks."""
+
+    matrices: Mapping[str, Matrix]
+    shared_count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,8 +276,13 @@ class CatalogEntry:
     @property
     def published_time(self) -> datetime | None:
         """`published_at` in UTC; None where the manifest has something there that is no time."""
-        try:
-            time = datetime.fromisoformat(self.published_at)
-            return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
-        except (ValueError, OverflowError):
-            return None
+        return time_of(self.published_at)
+
+
+def time_of(published_at: str) -> datetime | None:
+    """A manifest's `published_at` in UTC; None for something that is no time."""
+    try:
+        time = datetime.fromisoformat(published_at)
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None

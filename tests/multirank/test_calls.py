@@ -78,7 +78,8 @@ def _no_memory_for_a_while(run_dir: Path) -> None:
     with stillframe.Checkpointer(run_dir, model=model) as ckpt:
         head = model.lm_head
         with pytest.raises(
-            StillframeError, match=r"cannot allocate 70368744177664 bytes .* are available on this host"
+            StillframeError,
+            match=r"cannot allocate 70368744177664 bytes .* are available (on this host|within the memory)",
         ):
             Arena(1 << 46)
         model.lm_head = nn.Linear(56, 4000)

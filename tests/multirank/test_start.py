@@ -149,7 +149,12 @@ CASES = [
     Case("meta device", UnsupportedModel, r"Qwen3ForCausalLM: \d+ parameters have no values yet .*such as ", on_meta),
     Case("meta device on rank 1", UnsupportedModel, "parameters have no values yet", only_rank(1, on_meta)),
     Case("quantized", UnsupportedModel, "is quantized", lambda: with_attribute("hf_quantizer", object())),
-    Case("adapters", UnsupportedModel, "carries PEFT adapters", lambda: with_attribute("_hf_peft_config_loaded", True)),
+    Case(
+        "no adapters",
+        UnsupportedModel,
+        "says that it carries PEFT adapters, but has none",
+        lambda: with_attribute("_hf_peft_config_loaded", True),
+    ),
     Case(
         "offloaded", UnsupportedModel, "offloaded modules", lambda: with_attribute("hf_device_map", {"model": "disk"})
     ),
@@ -175,6 +180,12 @@ CASES = [
         only_rank(1, lambda: tiny_qwen3(dtype=torch.bfloat16)),
     ),
     Case(
+        "other options on rank 1",
+        SaveFailed,
+        r"rank 1 has another layout than rank 0.* differently: model\.embed_tokens\.weight",
+        arguments=lambda: {"save_dtype": "bfloat16" if this_rank() == 1 else None},
+    ),
+    Case(
         "tokenizer fails",
         UnsupportedModel,
         "the BrokenTokenizer cannot be saved: FileNotFoundError: .*vocab.json",
@@ -194,6 +205,18 @@ CASES = [
         UnsupportedModel,
         "saves a file 'model.safetensors",
         arguments=lambda: {"tokenizer": TokenizerThatWrites("model.safetensors")},
+    ),
+    Case(
+        "tokenizer writes an index beside the one file of weights",
+        UnsupportedModel,
+        "saves a file 'model.safetensors.index.json",
+        arguments=lambda: {"tokenizer": TokenizerThatWrites("model.safetensors.index.json")},
+    ),
+    Case(
+        "tokenizer writes one file of weights beside shards",
+        UnsupportedModel,
+        "saves a file 'model.safetensors', a name that is taken",
+        arguments=lambda: {"tokenizer": TokenizerThatWrites("model.safetensors"), "max_shard_size": "50KB"},
     ),
     Case(
         "tokenizer takes the manifest's name",

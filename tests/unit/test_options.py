@@ -44,6 +44,8 @@ def with_size(size: Any) -> int:
         ("max_shard_size", "5\u212aB"),  # the Kelvin sign is a K in another case
         ("max_shard_size", "٥GB"),
         ("max_shard_size", "9" * 400 + "GB"),  # no float holds it
+        ("save_dtype", "float8_e4m3fn"),
+        ("save_dtype", "fp16"),
         ("hf_max_keep", 0),
         ("hf_max_keep", -2),
         ("hf_max_keep", True),
@@ -57,6 +59,9 @@ def with_size(size: Any) -> int:
         ("keep_checkpoints", (KeepLast(3),)),
         ("key_mapping", ["a"]),
         ("key_mapping", "a"),
+        ("on_failure", "ignore"),
+        ("on_failure", None),
+        ("on_export_failure", ["raise"]),
         ("hf_export", None),
         ("save_frozen", 1),
         ("publish_together", "yes"),
@@ -176,3 +181,17 @@ def test_a_run_directory_stays_where_it_was_when_the_script_moves(
     assert run_dir == tmp_path / "runs/demo"
     assert run_directory(Path("runs/demo")) == run_dir
     assert run_directory(run_dir) == run_dir
+
+
+@pytest.mark.parametrize("other", [{"save_dtype": "fp8"}, {"layout": "hub"}])
+def test_what_stages_of_a_pipeline_do_not_go_with(other: dict[str, str]) -> None:
+    with pytest.raises(OptionError, match="pipeline=True goes neither with"):
+        CheckpointerOptions(run_dir=RUN, pipeline=True, **other)
+
+
+@pytest.mark.parametrize("save_dtype", [None, "bfloat16"])
+def test_what_stays_in_bf16_needs_fp8(save_dtype: str | None) -> None:
+    with pytest.raises(OptionError, match="keep_in_bf16 has no effect without save_dtype='fp8'"):
+        CheckpointerOptions(run_dir=RUN, save_dtype=save_dtype, keep_in_bf16=("a",))
+    with pytest.raises(OptionError, match=r"keep_in_bf16 has '\*', which is no regular expression"):
+        CheckpointerOptions(run_dir=RUN, save_dtype="fp8", keep_in_bf16=("*",))

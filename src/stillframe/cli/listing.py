@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 
 from stillframe.catalog.directory import list_checkpoints
@@ -54,22 +55,23 @@ def _row(entry: CatalogEntry) -> tuple[str, ...]:
         str(entry.step),
         format_size(entry.size_bytes),
         str(entry.world_size),
-        _local_time(entry),
-        _printable(entry.branch),
+        local_time(entry.published_time),
+        printable(entry.branch),
         format_metrics(entry.metrics),
     )
 
 
-def _local_time(entry: CatalogEntry) -> str:
+def local_time(time: datetime | None) -> str:
+    """A time with its distance from UTC, or "unknown"."""
     try:
-        return f"{entry.published_time.astimezone():%Y-%m-%d %H:%M:%S %z}" if entry.published_time else "unknown"
+        return f"{time.astimezone():%Y-%m-%d %H:%M:%S %z}" if time else "unknown"
     except (ValueError, OverflowError):  # the first or the last days that there are, which may not exist here
         return "unknown"
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
     """Metrics in the order of their names: "accuracy=0.5 loss=1.234"."""
-    return " ".join(f"{_printable(name)}={value:.6g}" for name, value in sorted(metrics.items()))
+    return " ".join(f"{printable(name)}={value:.6g}" for name, value in sorted(metrics.items()))
 
 
 def format_size(size_bytes: int) -> str:
@@ -82,6 +84,6 @@ def format_size(size_bytes: int) -> str:
     return f"{value:.1f} TB"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """A name as it is, unless a terminal would take part of it for something else."""
     return text if text.isprintable() else ascii(text)

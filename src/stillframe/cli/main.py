@@ -1,7 +1,8 @@
 """`stillframe`: the commands, their help, and how errors reach the shell.
 
-Exit status: 0 done; 2 what was asked for is wrong (one line on stderr says what); 130 interrupted; 1 anything else,
-with its traceback. Each command imports what it needs when it runs, so that `--help` and `--version` answer at once.
+Exit status: 0 done; 2 what was asked for is wrong (one line on stderr says what); 130 interrupted; 1 damage that
+`verify` found (a line each), and anything else, with its traceback. Each command imports what it needs when it runs, so
+that `--help` and `--version` answer at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stillframe import __version__
-from stillframe.errors import LayoutError, LoadError, OptionError, RunDirectoryError
+from stillframe.errors import CorruptCheckpoint, LayoutError, LoadError, OptionError, RunDirectoryError
 
 USER_ERRORS = (OptionError, RunDirectoryError, LayoutError, LoadError)
 """What the user can put right; their messages say how, so a traceback would only hide them."""
@@ -64,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_list(commands)
+    _add_inspect(commands)
+    _add_verify(commands)
     return parser
 
 
@@ -123,3 +126,60 @@ def _list(arguments: argparse.Namespace) -> int:
 
     sys.stdout.write((checkpoints_as_json if arguments.json else format_checkpoints)(arguments.run_dir))
     return 0
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="say what is in an export or a checkpoint",
+        description=(
+            "Print where the export, checkpoint or snapshot DIR comes from, what it holds and how its ranks shared it; "
+            "from headers and stillframe.json, without reading tensors. Also for directories that others wrote."
+        ),
+        epilog="The fields of --json: docs/format.md.",
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the directory, or a link to it")
+    parser.add_argument("--tensors", action="store_true", help="print a line for each tensor")
+    parser.add_argument("--json", action="store_true", help="print a JSON array with every tensor, for programs")
+    parser.set_defaults(command=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from stillframe.cli.inspecting import format_inspected, inspect, inspected_as_json
+
+    found = inspect(arguments.directory)
+    sys.stdout.write(inspected_as_json(found) if arguments.json else format_inspected(found, tensors=arguments.tensors))
+    return 0
+
+
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="compare checkpoints, byte for byte, with what was published",
+        description=(
+            "Read every byte of the exports, checkpoints or snapshots DIR and compare it with the checksums in their "
+            "stillframe.json; check headers and coverage. Exit status 1 if any of them is not what was published."
+        ),
+        epilog="What is compared: docs/format.md. What to do about damage: docs/checkpoints.md.",
+    )
+    parser.add_argument(
+        "directories", type=Path, nargs="+", metavar="DIR", help="a published directory, or a link to one"
+    )
+    parser.set_defaults(command=_verify)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from stillframe.cli.listing import format_size
+    from stillframe.load.verifying import verify
+
+    status = 0
+    for directory in arguments.directories:
+        try:
+            found = verify(directory)
+        except CorruptCheckpoint as error:
+            _report(f"damaged: {error}")
+            status = 1
+        else:
+            size = format_size(found.bytes_read)
+            sys.stdout.write(f"whole: {directory}: {found.files} files, {found.tensors} tensors, {size}\n")
+    return status

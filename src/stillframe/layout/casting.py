@@ -16,10 +16,14 @@ from stillframe.layout.keys import Key, KeyMap
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cast:
-    """Save floating-point parameters as `dtype`; those whose key or runtime name matches one of `keep` as they are."""
+    """Save floating-point parameters as `dtype`; those whose key or runtime name matches one of `keep` as they are.
+
+    With `fp8_but`, the weights of linear layers and experts go on to fp8 from bfloat16, but for what that matches.
+    """
 
     dtype: torch.dtype
     keep: tuple[re.Pattern[str], ...]
+    fp8_but: tuple[re.Pattern[str], ...] | None = None
 
 
 def cast_keys(
@@ -34,10 +38,7 @@ def cast_keys(
     `parameters`: the ids of those of the tensors that are some. Buffers keep their dtype. So do the modules that
     transformers itself keeps in float32 (`_keep_in_fp32_modules_strict`). Every key is matched against every pattern.
     """
-    # Patterns as transformers reads them when it loads: "*" for anything, anywhere in the name.
-    kept_modules = [
-        re.compile(m.replace("*", ".*")) for m in sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    ]
+    kept_modules = kept_by_transformers(model, "_keep_in_fp32_modules_strict")
     kept_sources = {
         index
         for index, name in enumerate(key_map.sources)
@@ -56,6 +57,12 @@ def cast_keys(
         return replace(key, dtype=cast.dtype, block_bytes=block_bytes)
 
     return replace(key_map, keys=tuple(cast_one(key) for key in key_map.keys))
+
+
+def kept_by_transformers(model: nn.Module, *attributes: str) -> list[re.Pattern[str]]:
+    """What these lists of the model name, as transformers reads them: "*" for anything, anywhere in the name."""
+    named = {m for attribute in attributes for m in getattr(model, attribute, None) or ()}
+    return [re.compile(m.replace("*", ".*")) for m in sorted(named)]
 
 
 def saved_dtype(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], keys: KeyMap) -> torch.dtype:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ from stillframe.layout.keys import unsharded_classes
 from stillframe.records import InlineFile
 
 
-def render_config(model: PreTrainedModel, dtype: torch.dtype) -> tuple[InlineFile, ...]:
+def render_config(
+    model: PreTrainedModel, dtype: torch.dtype, quantization: Mapping[str, object] | None = None
+) -> tuple[InlineFile, ...]:
     """config.json, generation_config.json where the model generates, and the model's own code where it is remote code.
 
-    `dtype` is what the weights have in the files. The files are those that `save_pretrained` of the unsharded model
-    writes, and the model's own config does not change. Raises UnsupportedModel if one cannot be saved.
+    `dtype` is what the weights have in the files, and `quantization` says how those are quantized that are. The files
+    are those that `save_pretrained` of the unsharded model writes, and the model's own config does not change. Raises
+    UnsupportedModel if one cannot be saved.
     """
 
     def save(directory: str) -> None:
@@ -32,6 +35,8 @@ def render_config(model: PreTrainedModel, dtype: torch.dtype) -> tuple[InlineFil
             config = copy.deepcopy(model.config)
             config.dtype = str(dtype).removeprefix("torch.")
             config.architectures = [type(model).__name__]
+            if quantization is not None:
+                config.quantization_config = dict(quantization)
             if model.is_remote_code():
                 remote_config: Any = config  # annotated as a dict, but transformers passes the config itself
                 custom_object_save(model, directory, config=remote_config)
@@ -39,15 +44,16 @@ def render_config(model: PreTrainedModel, dtype: torch.dtype) -> tuple[InlineFil
             if model.can_generate():
                 model.generation_config.save_pretrained(directory)
 
-    return _render(save, f"the config of {type(model).__name__}")
+    return rendered(save, f"the config of {type(model).__name__}")
 
 
 def render_companion(companion: Any) -> tuple[InlineFile, ...]:
     """The files that `save_pretrained` of a tokenizer or processor writes. Raises UnsupportedModel if it fails."""
-    return _render(lambda directory: companion.save_pretrained(directory), f"the {type(companion).__name__}")
+    return rendered(lambda directory: companion.save_pretrained(directory), f"the {type(companion).__name__}")
 
 
-def _render(save: Callable[[str], Any], what: str) -> tuple[InlineFile, ...]:
+def rendered(save: Callable[[str], Any], what: str) -> tuple[InlineFile, ...]:
+    """The files that `save` puts into the directory that it is given. Raises UnsupportedModel, naming `what`."""
     with tempfile.TemporaryDirectory(prefix="stillframe-") as directory:
         try:
             save(directory)

@@ -11,7 +11,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -23,10 +23,12 @@ from stillframe.errors import LayoutError, UnsupportedModel
 from stillframe.layout.casting import Cast, cast_keys, saved_dtype
 from stillframe.layout.keys import Key, KeyMap, runtime_tensors, save_keys
 from stillframe.layout.placement import Holding, Holdings
+from stillframe.layout.quantizing import held_blocks, quantize_keys
 from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.shares import PlacedItem, rank_share
 from stillframe.layout.stages import Stages, in_whole_model
-from stillframe.records import FileLayout, InlineFile, Item, Layout, RankShare
+from stillframe.layout.turned import settle_turned
+from stillframe.records import Blocks, FileLayout, InlineFile, Item, Layout, RankShare
 from stillframe.sketch import Sketch
 from stillframe.wrappers import unwrapped_module, without_wrappers
 
@@ -62,7 +64,8 @@ class HuggingFacePlan:
 
     `config_dtype` is the model's dtype in the files, as config.json says it; None for a module that is no
     PreTrainedModel and has no config. `items`, `sources` and `holdings` are what
-    the share was made of, for a save that shares it out otherwise (`together`).
+    the share was made of, for a save that shares it out otherwise (`together`). `blocks` and `left_alone` (modules, as
+    config.json names them) are those of a plan in fp8, else None.
     """
 
     layout: Layout
@@ -72,6 +75,8 @@ class HuggingFacePlan:
     items: Sequence[PlacedItem]
     sources: Sequence[str]
     holdings: Mapping[str, Holding]
+    blocks: Blocks | None = None
+    left_alone: tuple[str, ...] | None = None
 
 
 def plan_huggingface(
@@ -83,16 +88,18 @@ def plan_huggingface(
     plan_id: int,
     cast: Cast | None = None,
     key_mapping: KeyMapping | None = None,
+    hub_layout: bool = False,
     stages: Stages | None = None,
 ) -> HuggingFacePlan:
     """Lay `model` out as a Hugging Face directory and find this rank's share. No communication, no data is read.
 
     `cast` None saves every tensor in the dtype that it has. `key_mapping` renames keys after Transformers' conversions.
+    `hub_layout` gives weights the orientation that they have on the Hub, where Transformers saves another one.
     `stages`: the whole model, where this rank's is one stage of it.
 
     Raises LayoutError (UnsupportedModel, UnsupportedPlacement, CoverageError) naming the model or tensor.
     """
-    with without_wrappers(model), _without_collections():
+    with without_wrappers(model), without_collections():
         refuse_unsupported(model)
         return _plan(
             model,
@@ -102,12 +109,13 @@ def plan_huggingface(
             plan_id=plan_id,
             cast=cast,
             key_mapping=key_mapping,
+            hub_layout=hub_layout,
             stages=stages,
         )
 
 
 @contextmanager
-def _without_collections() -> Iterator[None]:
+def without_collections() -> Iterator[None]:
     """No garbage collection meanwhile. A plan is many small objects that stay, none of them in a cycle: they set off
     collections, which walk through all objects of the process and find nothing."""
     was_enabled = gc.isenabled()
@@ -128,6 +136,7 @@ def _plan(
     plan_id: int,
     cast: Cast | None,
     key_mapping: KeyMapping | None,
+    hub_layout: bool,
     stages: Stages | None,
 ) -> HuggingFacePlan:
     tensors = runtime_tensors(model)
@@ -139,11 +148,18 @@ def _plan(
         twins = {name: member.twin() for name, member in stages.items()}
         parameters = {id(tensors[name]): math.prod(m.shape) for name, m in stages.items() if m.is_parameter}
         total_parameters = sum(parameters.values()) + _uncounted(stages)
-    key_map = save_keys(model, tensors, key_mapping, twins)
+    key_map = save_keys(model, tensors, key_mapping, twins, hub_layout=hub_layout)
     if cast is not None:
         key_map = cast_keys(model, tensors, key_map, cast, parameters.keys())
+    config_dtype = None
+    if isinstance(model, PreTrainedModel):
+        config_dtype = model.dtype if cast is None else saved_dtype(model, tensors, key_map)
+    left_alone = None
+    if cast is not None and cast.fp8_but is not None:
+        key_map, left_alone = quantize_keys(model, tensors, key_map, (*cast.keep, *cast.fp8_but))
     held = Holdings(rank=rank, world_size=world_size, stages=stages)
     holdings = {name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()}
+    key_map = settle_turned(key_map, tensors, holdings)
     layout, items = lay_out(
         key_map,
         holdings,
@@ -152,12 +168,8 @@ def _plan(
         total_parameters=total_parameters,
         world_size=world_size,
     )
-    described = [(n, f"{tuple(t.shape)} {t.dtype} {holdings[n].signature}") for n, t in tensors.items()]
-    layout = replace(layout, sketch=Sketch.of(described))
+    layout = replace(layout, sketch=sketch_of(tensors, holdings, key_map.keys))
     share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
-    config_dtype = None
-    if isinstance(model, PreTrainedModel):
-        config_dtype = model.dtype if cast is None else saved_dtype(model, tensors, key_map)
     return HuggingFacePlan(
         layout=layout,
         share=share,
@@ -166,6 +178,23 @@ def _plan(
         items=items,
         sources=key_map.sources,
         holdings=holdings,
+        blocks=None if left_alone is None else held_blocks(key_map, tensors, held, holdings),
+        left_alone=left_alone,
+    )
+
+
+def sketch_of(tensors: Mapping[str, torch.Tensor], holdings: Mapping[str, Holding], keys: Iterable[Key]) -> Sketch:
+    """What tells this layout from that of a rank with other tensors, or with other options, by tensor. The runs of
+    `keys` index `tensors`, in their order."""
+    becomes: dict[int, str] = {}
+    for key in keys:
+        if len(key.runs):
+            becomes.setdefault(int(key.runs.source[0]), f"{key.name!r} {key.shape} {key.dtype}")
+    return Sketch.of(
+        [
+            (name, f"{tuple(tensor.shape)} {tensor.dtype} {holdings[name].signature} {becomes.get(index)}")
+            for index, (name, tensor) in enumerate(tensors.items())
+        ]
     )
 
 
@@ -190,8 +219,6 @@ def refuse_unsupported(model: nn.Module) -> None:
     """Raise UnsupportedModel for models whose save is not made of their own tensors."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModel(f"{type(model).__name__} is quantized; export the model that it was made from")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModel(f"{type(model).__name__} carries PEFT adapters; merge or unload them to export it")
     if {"cpu", "disk"} & {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}:
         raise UnsupportedModel(f"{type(model).__name__} has offloaded modules; load it without a device_map")
     unready = [n for n, p in model.named_parameters() if p.device.type == "meta"]
@@ -211,11 +238,48 @@ def lay_out(
     world_size: int,
 ) -> tuple[Layout, list[PlacedItem]]:
     """Assign keys to files and offsets. Deterministic: equal arguments, equal result, whatever the hash seed."""
-    shards, block_total = split_into_shards(key_map.keys, max_shard_bytes)
-    names = _file_names(len(shards))
+    files, inline = file_keys(key_map.keys, max_shard_bytes, stem="model", total_parameters=total_parameters)
+    return lay_out_files(
+        files,
+        key_map.sources,
+        holdings,
+        source_dtypes=source_dtypes,
+        world_size=world_size,
+        inline_files=inline,
+        held_back=("config.json",),
+    )
+
+
+def file_keys(
+    keys: Sequence[Key], max_shard_bytes: int, *, stem: str, total_parameters: int
+) -> tuple[list[tuple[str, Sequence[Key]]], tuple[InlineFile, ...]]:
+    """Which keys go into which file, by name, as the Hub splits them; and the index, where there are several."""
+    shards, block_total = split_into_shards(keys, max_shard_bytes)
+    names = _file_names(stem, len(shards))
+    if len(shards) < 2:
+        return list(zip(names, shards, strict=True)), ()
+    weight_map = {key.name: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    text = _index(weight_map, total_parameters=total_parameters, total_size=block_total)
+    index = InlineFile(name="model.safetensors.index.json", content=text.encode())
+    return list(zip(names, shards, strict=True)), (index,)
+
+
+def lay_out_files(
+    named_files: Sequence[tuple[str, Sequence[Key]]],
+    sources: Sequence[str],
+    holdings: Mapping[str, Holding],
+    *,
+    source_dtypes: Sequence[torch.dtype],
+    world_size: int,
+    inline_files: tuple[InlineFile, ...],
+    held_back: tuple[str, ...],
+) -> tuple[Layout, list[PlacedItem]]:
+    """Assign offsets to the keys of each file, which safetensors orders in its own way. As deterministic as
+    `lay_out`. `Runs.source` of the keys indexes `sources`, `source_dtypes` are theirs."""
     files: list[FileLayout] = []
     items: list[PlacedItem] = []
-    for index, (name, shard) in enumerate(zip(names, shards, strict=True)):
+    for index, (name, shard) in enumerate(named_files):
+        folder = name[: name.rfind("/") + 1]  # files of several folders may have tensors of one name
         ordered = sorted(shard, key=lambda key: (_dtype_rank(key), _utf8(key.name)))
         lengths = [math.prod(key.shape) * key.dtype.itemsize for key in ordered]
         header = _header(name, ordered, lengths)
@@ -231,37 +295,35 @@ def lay_out(
                     runs=key.runs,
                     element_bytes=key.dtype.itemsize,
                     cast_to=_cast_to(key, source_dtypes),
+                    matrix=key.matrix,
+                    are_scales=key.matrix not in (None, key.name),
+                    dims=key.dims,
                 )
             )
-            listed.append(Item(name=key.name, file_offset=position, length_bytes=length))
+            listed.append(Item(name=folder + key.name, file_offset=position, length_bytes=length))
             position += length
         files.append(FileLayout(name=name, size_bytes=position, items=tuple(listed)))
-    inline: tuple[InlineFile, ...] = ()
-    if len(shards) > 1:
-        weight_map = {key.name: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        text = _index(weight_map, total_parameters=total_parameters, total_size=block_total)
-        inline = (InlineFile(name="model.safetensors.index.json", content=text.encode()),)
     digest = hashlib.sha256(repr(("hf", world_size)).encode())
     for placed in items:
         digest.update(placed.content)
     for file in files:
         digest.update(repr((file.name, file.size_bytes)).encode())
-    for source in key_map.sources:
+    for source in sources:
         digest.update(repr((source, holdings[source].signature)).encode())
     layout = Layout(
         format="hf",
         world_size=world_size,
         files=tuple(files),
-        inline_files=inline,
+        inline_files=inline_files,
         total_bytes=sum(f.size_bytes for f in files),
         digest=digest.hexdigest(),
-        held_back=("config.json",),
+        held_back=held_back,
     )
     return layout, items
 
 
 def _cast_to(key: Key, source_dtypes: Sequence[torch.dtype]) -> str | None:
-    if not len(key.runs) or source_dtypes[int(key.runs.source[0])] == key.dtype:
+    if not len(key.runs) or (key.matrix is None and source_dtypes[int(key.runs.source[0])] == key.dtype):
         return None
     return str(key.dtype).removeprefix("torch.")
 
@@ -293,10 +355,10 @@ def split_into_shards(keys: Sequence[Key], max_shard_bytes: int) -> tuple[list[l
     return shards, total_bytes
 
 
-def _file_names(count: int) -> list[str]:
+def _file_names(stem: str, count: int) -> list[str]:
     if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 def _dtype_rank(key: Key) -> int:

@@ -105,6 +105,13 @@ def order_matters(size: int, shards: DimShards) -> bool:
     return False
 
 
+@lru_cache(maxsize=4096)
+def borders(size: int, shards: DimShards) -> Ints:
+    """The indices of one dimension, ascending, that another rank holds than the index before."""
+    coordinates = _places_of(np.arange(size, dtype=np.int64), size, shards)[:-1]
+    return np.flatnonzero((coordinates[:, 1:] != coordinates[:, :-1]).any(axis=0)).astype(np.int64) + 1
+
+
 def _places_of(index: Ints, size: int, shards: DimShards) -> Ints:
     """`held_along`, seen from the indices: a row for each mesh dimension, ascending, says the coordinate of the rank
     that holds them, the last one the position in what it holds. The ranks need not be gone through, however many."""

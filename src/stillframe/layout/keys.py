@@ -15,7 +15,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -31,6 +31,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import _get_tied_weight_keys
 
 from stillframe.errors import UnsupportedModel
+from stillframe.layout.orientation import hub_orientation, order_of_dims
 from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.runs import Runs, coalesce, compose, overlap, strided
 
@@ -41,8 +42,13 @@ _MAX_SINGLE_ELEMENTS = 1 << 22  # 128 MiB of runs
 class Key:
     """One tensor of the checkpoint: its name, and the runs of the model's tensors that it consists of.
 
-    `runs` tile the key in row-major order, in elements; `Runs.source` indexes `KeyMap.sources`. `block` identifies the
-    storage that `save_pretrained` would hold it in, of `block_bytes` bytes: the unit by which it shards files.
+    `runs` tile the key in row-major order, in elements; `Runs.source` indexes `KeyMap.sources`. With `dims` the key is
+    one whole tensor with its dimensions in that order, and `runs` count its elements in the order they then have.
+    `block` identifies the storage that `save_pretrained` would hold it in, of `block_bytes` bytes: the unit by which it
+    shards files.
+
+    `matrix`: for a weight that is saved in fp8 its own name; for its scales the weight's, and the runs then only say
+    who writes them.
     """
 
     name: str
@@ -51,6 +57,8 @@ class Key:
     runs: Runs
     block: int
     block_bytes: int
+    matrix: str | None = None
+    dims: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +85,10 @@ def runtime_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             raise UnsupportedModel(
                 f"{type(model).__name__}: {name} is a {type(value).__name__}, not a tensor; safetensors cannot hold it"
             )
-    return _without_tied(model, state)
+    return without_tied(model, state)
 
 
-def _without_tied(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without_tied(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Keep one name of each group that is one tensor; refuse tensors that overlap without being the same."""
     storages: dict[Hashable, dict[Hashable, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, tensor in state.items():
@@ -132,17 +140,20 @@ def save_keys(
     tensors: Mapping[str, torch.Tensor],
     key_mapping: KeyMapping | None = None,
     twins: dict[str, torch.Tensor] | None = None,
+    *,
+    hub_layout: bool = False,
 ) -> KeyMap:
     """The keys that `save_pretrained` of the unsharded `model` writes, as runs over `tensors` (`runtime_tensors`).
 
     For a module that is no PreTrainedModel these are its own names. `key_mapping` renames the keys at the end.
-    `twins`: those of the unsharded tensors where this rank has not all of them (`twins_on_meta`).
+    `twins`: those of the unsharded tensors where this rank has not all of them (`twins_on_meta`). With `hub_layout`
+    weights have the orientation that they have on the Hub (`layout.orientation`).
 
     Depends on names, shapes and dtypes only; no data is read. Raises UnsupportedModel, naming the keys, where
     a conversion is more than renames, slices and concatenations, or loses a part of a tensor, or the mapping a key.
     """
     tracer = Tracer(twins_on_meta(tensors) if twins is None else twins)
-    with unsharded_classes(model):
+    with unsharded_classes(model), hub_orientation(model) if hub_layout else nullcontext():
         converted = tracer.run(
             (lambda state: revert_weight_conversion(model, state))
             if isinstance(model, PreTrainedModel)
@@ -151,7 +162,11 @@ def save_keys(
     storages: dict[int, int] = {}
     named = (key_mapping or KeyMapping(rules=())).keys_of(converted)
     keys = []
-    for (name, tensor), runs in zip(converted.items(), tracer.runs_of_each(converted), strict=True):
+    turned = {name: found for name, tensor in converted.items() if (found := tracer.turned(tensor)) is not None}
+    plain = {name: tensor for name, tensor in converted.items() if name not in turned}
+    runs_of = dict(zip(plain, tracer.runs_of_each(plain), strict=True))
+    for name, tensor in converted.items():
+        source, dims = turned.get(name, (0, None))
         storage = tensor.untyped_storage()
         block_bytes = storage.nbytes()
         keys.append(
@@ -159,7 +174,8 @@ def save_keys(
                 name=named[name],
                 dtype=tensor.dtype,
                 shape=tuple(tensor.shape),
-                runs=runs,
+                runs=runs_of[name] if dims is None else Runs.of([(0, source, 0, tensor.numel())]),
+                dims=dims,
                 block=storages.setdefault(storage._cdata, len(storages)) if block_bytes else -1,
                 block_bytes=block_bytes,
             )
@@ -273,6 +289,24 @@ class Tracer(TorchFunctionMode):
         self._origins[storage] = result
         self._alive.extend(tensors)
 
+    def turned(self, tensor: torch.Tensor) -> tuple[int, tuple[int, ...]] | None:
+        """The input that output `tensor` is a copy of with its dimensions in another order, and that order; or None.
+
+        To list the runs of so scattered a copy, most of them of one element, would take far more memory than it has.
+        """
+        storage = _storage_id(tensor)
+        view = tensor
+        if storage in self._joins:
+            (view, *others), _ = self._joins[storage]
+            is_whole = tensor.is_contiguous() and (tensor.shape, tensor.dtype) == (view.shape, view.dtype)
+            if others or not is_whole or self._origins[storage]._version:
+                return None
+        index = self._sources.get(_storage_id(view))
+        if index is None or not is_scattered(view.shape, view.stride()):
+            return None
+        dims = order_of_dims(view, self._origins[_storage_id(view)])
+        return None if dims is None else (index, dims)
+
     def runs_of_each(self, outputs: Mapping[str, torch.Tensor]) -> list[Runs]:
         """`runs_of` for many outputs. Those in row-major order, so nearly all, are worked out together by storage."""
         runs: dict[str, Runs] = {}
@@ -368,11 +402,12 @@ def is_scattered(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return bool(steps) and steps[-1] != 1
 
 
-def refuse_scattered(name: str, shape: Sequence[int], stride: Sequence[int]) -> None:
+def refuse_scattered(name: str, shape: Sequence[int], stride: Sequence[int], *, hint: str = "") -> None:
     """Raise UnsupportedModel for a view with so many runs of one element that listing them would fill the memory."""
     if is_scattered(shape, stride) and math.prod(shape) > _MAX_SINGLE_ELEMENTS:
         raise UnsupportedModel(
             f"{name} is a transposed tensor, of shape {tuple(shape)}; stillframe does not support one that large yet"
+            f"{hint}"
         )
 
 

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from stillframe.errors import UnsupportedPlacement
-from stillframe.layout.intervals import DimShards, Intervals, held_along, order_matters, partitions
+from stillframe.layout.intervals import DimShards, Intervals, borders, held_along, order_matters, partitions
 from stillframe.layout.meshes import MeshPart, MeshPlace, part_of, place_in_mesh, replicas_at
-from stillframe.layout.runs import Runs, coalesce, strided
+from stillframe.layout.runs import Ints, Runs, coalesce, strided
 from stillframe.layout.stages import Distribution, Member, Stages
 
 
@@ -159,6 +159,13 @@ class Holdings:
     def distribution(self, name: str, tensor: DTensor) -> Distribution:
         """How `tensor` is distributed, as it is told to other ranks; one object for all that are distributed alike."""
         return self._distribution(name, tensor, None).told
+
+    def borders(self, name: str, tensor: torch.Tensor) -> tuple[Ints, ...]:
+        """For each dimension the indices, ascending, where what another rank holds begins; the same on all ranks."""
+        if not isinstance(tensor, DTensor):
+            return (np.zeros(0, dtype=np.int64),) * tensor.dim()
+        distribution = self._distribution(name, tensor, None)
+        return tuple(borders(n, shards) for n, shards in zip(distribution.shape, distribution.shards, strict=True))
 
     def _distribution(self, name: str, tensor: DTensor, member: Member | None) -> _Distribution:
         mesh, placements, shape = tensor.device_mesh, tuple(tensor.placements), tuple(tensor.shape)

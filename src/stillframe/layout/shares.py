@@ -17,7 +17,18 @@ from stillframe.errors import CoverageError
 from stillframe.layout.balance import fair_part
 from stillframe.layout.placement import Holding
 from stillframe.layout.runs import Ints, Runs, overlap
-from stillframe.records import Copy, Envelope, Extent, FileLayout, FileShare, Layout, RankShare, WritePlan
+from stillframe.records import (
+    Copy,
+    Envelope,
+    Extent,
+    FileLayout,
+    FileShare,
+    Layout,
+    QuantizedCopy,
+    RankShare,
+    ScalesCopy,
+    WritePlan,
+)
 
 _PAGE_BYTES = 4096
 _LINE_BYTES = 64
@@ -29,7 +40,9 @@ class PlacedItem:
     """An item of a file and what it consists of: an envelope's `content`, or `runs` of elements of tensors.
 
     `element_bytes` is the size of an element in the file; `cast_to` torch's name of its dtype there, None where it is
-    the tensors' own.
+    the tensors' own. `matrix`: the key of a weight that is saved in fp8, for the item of the weight and for that of its
+    scales (`are_scales`). With `dims` the runs are of a tensor with its dimensions in that order, of which ranks hold
+    the same runs as of the tensor itself.
     """
 
     file: int
@@ -39,6 +52,9 @@ class PlacedItem:
     runs: Runs | None = None
     element_bytes: int = 1
     cast_to: str | None = None
+    matrix: str | None = None
+    are_scales: bool = False
+    dims: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,21 +147,37 @@ def _staged(
     """`pieces` with their places in the arena: how it is filled, and what the writer makes of it."""
     pieces = pieces.in_file_order()
     arena_offset, arena_bytes = place_in_arena(pieces.file, pieces.file_offset, pieces.length)
-    copies, envelopes = [], []
-    for place, length, item, source, element in zip(
+    copies: list[Copy] = []
+    envelopes = []
+    for place, length, number, source, element, file_offset in zip(
         *(c.tolist() for c in (arena_offset, pieces.length, pieces.item, pieces.source, pieces.element)),
+        pieces.file_offset.tolist(),
         strict=True,
     ):
+        item = items[number]
         if source < 0:
-            envelopes.append(Envelope(arena_offset=place, content=items[item].content))
-        else:
+            envelopes.append(Envelope(arena_offset=place, content=item.content))
+        elif item.matrix is None:
             copies.append(
                 Copy(
                     tensor=sources[source],
                     first_element=element,
-                    element_count=length // items[item].element_bytes,
+                    element_count=length // item.element_bytes,
                     arena_offset=place,
-                    dtype=items[item].cast_to,
+                    dtype=item.cast_to,
+                    dims=item.dims,
+                )
+            )
+        else:
+            copies.append(
+                (ScalesCopy if item.are_scales else QuantizedCopy)(
+                    tensor=sources[source],
+                    first_element=element,
+                    element_count=length // item.element_bytes,
+                    arena_offset=place,
+                    dtype=item.cast_to,
+                    matrix=item.matrix,
+                    position=(file_offset - item.file_offset) // item.element_bytes,
                 )
             )
     plan = WritePlan(

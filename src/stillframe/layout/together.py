@@ -18,7 +18,7 @@ from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.runs import Runs, overlap
 from stillframe.layout.shares import place_in_arena, rank_share
 from stillframe.names import TOGETHER
-from stillframe.records import Copy, Envelope, Extent, FileShare, Layout, RankShare, WritePlan
+from stillframe.records import Blocks, Copy, Envelope, Extent, FileShare, Layout, RankShare, WritePlan
 
 HF_DIR = "hf/"
 CHECKPOINT_DIR = "checkpoint/"
@@ -28,7 +28,8 @@ CHECKPOINT_DIR = "checkpoint/"
 class JointShare:
     """What one rank contributes to an export and a checkpoint of the same step.
 
-    Two plans, with the ids that they had, over one arena, and how that is filled. `tensors` has what `copies` name.
+    Two plans, with the ids that they had, over one arena, and how that is filled. `tensors` has what `copies` name, and
+    what `blocks` do, which are there if the export is in fp8.
     """
 
     hf: WritePlan
@@ -36,6 +37,7 @@ class JointShare:
     copies: tuple[Copy, ...]
     envelopes: tuple[Envelope, ...]
     tensors: Mapping[str, torch.Tensor]
+    blocks: Blocks | None = None
 
 
 def plan_together(hf: HuggingFacePlan, checkpoint: DistcpPlan) -> JointShare:
@@ -66,7 +68,17 @@ def plan_together(hf: HuggingFacePlan, checkpoint: DistcpPlan) -> JointShare:
         copies=tuple(copies),
         envelopes=tuple(envelopes),
         tensors={**checkpoint.tensors, **{HF_DIR + name: tensor for name, tensor in hf.tensors.items()}},
+        blocks=None if hf.blocks is None else _of_export(hf.blocks),
     )
+
+
+def _of_export(blocks: Blocks) -> Blocks:
+    """`blocks` with the names that the export's tensors have beside the checkpoint's."""
+    matrices = {
+        name: replace(matrix, patches=tuple(replace(patch, tensor=HF_DIR + patch.tensor) for patch in matrix.patches))
+        for name, matrix in blocks.matrices.items()
+    }
+    return replace(blocks, matrices=matrices)
 
 
 def as_one(hf: Layout, checkpoint: Layout) -> Layout:
@@ -117,7 +129,7 @@ def _following(hf: HuggingFacePlan, checkpoint: DistcpPlan) -> RankShare:
     as_they_are = {
         source
         for item in hf.items
-        if item.runs is not None and item.cast_to is None
+        if item.runs is not None and item.cast_to is None and item.dims is None
         for source in np.unique(item.runs.source).tolist()
     }
     holdings: dict[str, Holding] = dict(hf.holdings)
@@ -192,7 +204,7 @@ class _Staged:
     def place_of(self, piece: _Piece, tensors: Mapping[str, torch.Tensor]) -> int | None:
         """Where in the arena the bytes of `piece` are anyway, None if nowhere."""
         wanted = piece.origin
-        if isinstance(wanted, Envelope) or wanted.dtype is not None:
+        if isinstance(wanted, Envelope) or wanted.dtype is not None or wanted.dims is not None:
             return None
         tensor = tensors[wanted.tensor]
         copies = self._copies.get(id(tensor), [])

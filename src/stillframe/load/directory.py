@@ -10,13 +10,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stillframe.errors import CorruptCheckpoint, NotACheckpoint
+from stillframe.load.checking import own_manifest
 from stillframe.load.folder import Folder, is_inside, listed, open_folder, read_fully
 from stillframe.load.safetensors import LENGTH_BYTES, StoredTensor, header_length, parse_header
-from stillframe.manifest import decode_manifest
+from stillframe.manifest import Manifest
 from stillframe.names import MANIFEST_NAME
 
 WEIGHTS_NAME = "model.safetensors"
@@ -25,12 +26,16 @@ INDEX_NAME = "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFile:
-    """An open safetensors file whose header was checked against its size. `descriptor` is open while the context is."""
+    """An open safetensors file whose header was checked against its size. `descriptor` is open while the context is.
+
+    `checksums`: the CRC64-NVME of each tensor as it was published, by name; None where there is no manifest.
+    """
 
     path: Path
     descriptor: int
     size_bytes: int
     tensors: tuple[StoredTensor, ...]
+    checksums: Mapping[str, str] | None = None
 
 
 @contextmanager
@@ -40,8 +45,15 @@ def open_weights(directory: Path) -> Iterator[tuple[WeightFile, ...]]:
     Raises NotACheckpoint where there are no weights to read or the directory was not published, CorruptCheckpoint where
     files are truncated or contradict themselves, the index or `stillframe.json`.
     """
+    with open_folder(directory) as place, weights_in(place) as files:
+        yield files
+
+
+@contextmanager
+def weights_in(place: Folder) -> Iterator[tuple[WeightFile, ...]]:
+    """`open_weights` of a directory that is open already."""
+    directory = place.path
     with ExitStack() as stack:
-        place = stack.enter_context(open_folder(directory))
         weight_map = _weight_map(place)
         names = sorted(set(weight_map.values())) if weight_map is not None else [WEIGHTS_NAME]
         opened: dict[str, int] = {}
@@ -58,8 +70,12 @@ def open_weights(directory: Path) -> Iterator[tuple[WeightFile, ...]]:
                 f"{directory / INDEX_NAME}: names {len(absent)} files that do not exist: {listed(absent)}"
             )
         sizes = {name: os.fstat(descriptor).st_size for name, descriptor in opened.items()}
-        _check_manifest(place, sizes)
-        files = tuple(_read_header(directory / name, opened[name], sizes[name]) for name in names)
+        manifest = own_manifest(place)
+        _check_manifest(place, manifest, sizes)
+        files = tuple(
+            replace(read_header(directory / name, opened[name], sizes[name]), checksums=_checksums(manifest, name))
+            for name in names
+        )
         _check_keys(directory, files, weight_map)
         yield files
 
@@ -99,6 +115,8 @@ def _instead(names: set[str]) -> str:
     """What a directory without weights that can be loaded holds, in the user's terms."""
     if ".metadata" in names:
         return "; it is a torch.distributed.checkpoint directory, which dcp.load reads"
+    if "adapter_config.json" in names:
+        return "; it is an adapter, which peft.PeftModel.from_pretrained loads onto its base model"
     pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
     if pickled:
         return f", but {listed(pickled)}; pickled weights are not loaded, convert them to safetensors first"
@@ -106,12 +124,17 @@ def _instead(names: set[str]) -> str:
     return f", but {listed(others)}, which is no name that from_pretrained loads" if others else ""
 
 
-def _check_manifest(place: Folder, sizes: Mapping[str, int]) -> None:
+def _checksums(manifest: Manifest | None, file_name: str) -> Mapping[str, str] | None:
+    if manifest is None:
+        return None
+    return {name: entry.crc64nvme for name, entry in manifest.tensors.items() if entry.file == file_name}
+
+
+def _check_manifest(place: Folder, manifest: Manifest | None, sizes: Mapping[str, int]) -> None:
     """Where stillframe published the directory, every file of weights must have the size it was published with."""
-    content = place.read_small(MANIFEST_NAME)
-    if content is None:
+    if manifest is None:
         return
-    published = decode_manifest(content, place.path / MANIFEST_NAME).files
+    published = manifest.files
     wrong = [f"{name} (was not published)" for name in sizes if name not in published]
     for name, entry in published.items():
         if name in sizes and sizes[name] != entry.size:
@@ -126,7 +149,8 @@ def _check_manifest(place: Folder, sizes: Mapping[str, int]) -> None:
         )
 
 
-def _read_header(path: Path, descriptor: int, size: int) -> WeightFile:
+def read_header(path: Path, descriptor: int, size: int) -> WeightFile:
+    """An open file of `size` bytes with its header, checked against it. Raises CorruptCheckpoint."""
     prefix = read_fully(path, descriptor, 0, min(LENGTH_BYTES, size))
     length = header_length(prefix, file_bytes=size, file_name=str(path))
     header = read_fully(path, descriptor, LENGTH_BYTES, length)

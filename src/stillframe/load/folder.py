@@ -130,10 +130,10 @@ def is_inside(name: str) -> bool:
     return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], *, separator: str = ", ") -> str:
     """The first names of a list, and how many more there are."""
-    shown = ", ".join(names[:_LISTED])
-    return shown if len(names) <= _LISTED else f"{shown}, and {len(names) - _LISTED} more"
+    shown = separator.join(names[:_LISTED])
+    return shown if len(names) <= _LISTED else f"{shown}{separator}and {len(names) - _LISTED} more"
 
 
 def read_whole(path: Path, descriptor: int) -> bytes:

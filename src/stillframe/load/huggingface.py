@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +12,21 @@ import torch
 from torch import nn
 
 from stillframe.errors import ModelMismatch, UnsupportedModel
+from stillframe.layout.adapters import is_peft_model
 from stillframe.layout.huggingface import unwrapped
 from stillframe.layout.placement import Holding
 from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.runs import Runs, overlap
-from stillframe.load.directory import WeightFile, open_weights
-from stillframe.load.folder import listed
+from stillframe.load.dequantizing import find_quantized
+from stillframe.load.directory import WeightFile, weights_in
+from stillframe.load.folder import Folder, listed, open_folder
 from stillframe.load.keys import load_keys
 from stillframe.load.local import local_part, local_runs, own_holdings
 from stillframe.load.matching import Match, Target, match
 from stillframe.load.reading import Reader
+from stillframe.load.verifying import verify_tensors
 from stillframe.options import key_rules
-from stillframe.wrappers import without_wrappers
+from stillframe.wrappers import unwrapped_module, without_wrappers
 
 _COMPARED_ELEMENTS = 1 << 22
 
@@ -47,6 +50,7 @@ def load_hf(
     *,
     strict: bool = True,
     key_mapping: Mapping[str, str] | None = None,
+    verify: bool = False,
 ) -> LoadReport:
     """Load the weights of a Hugging Face directory into `model`, in place; blocks until they are there.
 
@@ -61,16 +65,22 @@ def load_hf(
 
     Each rank reads only the bytes that it holds (of a transposed tensor, such as the experts of Qwen3-VL-MoE in the
     Hub's layout: the matrices that it holds any part of). Extra memory is 16 MiB, plus one such matrix, plus a copy of
-    a tensor whose memory is not contiguous. There is no communication: every rank calls this, each for itself, and an
-    error on one rank is not known to the others.
+    a tensor whose memory is not contiguous; of fp8 5 MiB more, the scales of one weight, and that matrix in float32.
+    There is no communication: every rank calls this, each for itself, and an error on one rank is not known to the
+    others.
 
     Values are bit-identical where dtypes agree. Floating-point numbers of 16 bits and more are cast to the model's
-    dtype as `Tensor.copy_` does; any other difference of dtypes is refused. Tied weights may be stored under any or all
-    of their names. How the model is saved later does not depend on what was loaded, other than with `from_pretrained`.
+    dtype as `Tensor.copy_` does. Weights in fp8 with a scale for each block (config.json: `quantization_config`, of any
+    `weight_block_size`) are multiplied by their scales in float32, and that is cast; of the scales, too, each rank
+    reads what it needs. Any other difference of dtypes is refused. Tied weights may be stored under any or all of their
+    names. How the model is saved later does not depend on what was loaded, other than with `from_pretrained`.
 
     A model on the meta device needs memory first: `model.to_empty(device=...)` and `model.tie_weights()`. After the
     load, `model.init_weights()` initialises what no file holds, such as rotary frequencies, and nothing else: what was
     loaded is marked (`_is_hf_initialized`) as `from_pretrained` marks it.
+
+    `verify`: first compare every tensor of the files that this rank needs any part of with the checksum that it was
+    published with; the tensor is read whole for that, so a rank reads more than it holds. Needs `stillframe.json`.
 
     Raises OptionError for a bad `key_mapping`, NotACheckpoint or CorruptCheckpoint for the directory, UnsupportedModel
     or UnsupportedPlacement for the model, ModelMismatch with all missing and unexpected keys, wrong shapes and dtypes
@@ -79,18 +89,24 @@ def load_hf(
     partly loaded.
     """
     rules = key_rules(key_mapping)
-    inner = _loadable(unwrapped(model, any_module=rules is not None))
+    inner = unwrapped_module(model)
+    if rules is None and is_peft_model(inner):
+        raise _carrying_adapters(inner)
+    inner = _loadable(unwrapped(inner, any_module=rules is not None))
     mapping = None if rules is None else KeyMapping(rules=rules)
-    with open_weights(Path(directory)) as files:
+    with open_folder(Path(directory)) as place, weights_in(place) as files:
         with without_wrappers(inner):
-            found, reader = _plan(Path(directory), files, inner, strict, mapping)
+            found, reader = _plan(place, files, inner, strict, mapping)
         holdings = own_holdings()
         # A buffer, too, is held by every rank: each must get its values.
         held = {t.name: holdings.of(t.name, t.tensor, is_parameter=True) for t in found.targets}
-        for target in found.targets:
-            _check_ties(Path(directory), reader, target, held[target.name])
         work = [(target, local_runs(target.runs, held[target.name])) for target in found.targets]
         work = [(target, runs) for target, runs in work if len(runs)]
+        if verify:
+            needed = set[str]().union(*(reader.stored_names(runs) for _, runs in work))
+            verify_tensors(Path(directory), files, needed)
+        for target in found.targets:
+            _check_ties(Path(directory), reader, target, held[target.name])
         for target, runs in sorted(work, key=lambda pair: reader.position(pair[1])):
             _fill(reader, target.tensor, runs)
         for target in found.targets:
@@ -103,12 +119,16 @@ def _loadable(model: nn.Module) -> nn.Module:
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModel(f"{type(model).__name__} is quantized; load the weights before it is quantized")
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModel(f"{type(model).__name__} carries PEFT adapters; load the weights before adding them")
+        raise _carrying_adapters(model)
     return model
 
 
+def _carrying_adapters(model: nn.Module) -> UnsupportedModel:
+    return UnsupportedModel(f"{type(model).__name__} carries PEFT adapters; load the weights before adding them")
+
+
 def _plan(
-    directory: Path, files: Sequence[WeightFile], model: nn.Module, strict: bool, mapping: KeyMapping | None
+    place: Folder, files: Sequence[WeightFile], model: nn.Module, strict: bool, mapping: KeyMapping | None
 ) -> tuple[Match, Reader]:
     state = model.state_dict(keep_vars=True)  # also shards what an evaluation left gathered by FSDP
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
@@ -121,13 +141,19 @@ def _plan(
             f"{listed(empty)}. First call model.to_empty(device=...) and model.tie_weights(), and model.init_weights() "
             "after the load"
         )
-    stored = {tensor.name: tensor for file in files for tensor in file.tensors}
+    quantized = find_quantized(place, {tensor.name: tensor for file in files for tensor in file.tensors})
+    stored = quantized.as_floats
     keys = load_keys(model, state, stored, mapping)
+    keys = replace(
+        keys,
+        unexpected={**keys.unexpected, **{key: (key,) for key in quantized.unpaired}},
+        unfit={**keys.unfit, **quantized.unfit},
+    )
     found = match(model, state, keys, stored)
     differences = found.differences(strict=strict)
     if differences:
-        raise ModelMismatch(f"{directory} does not fit {type(model).__name__}: {differences}")
-    return found, Reader(files, keys.sources)
+        raise ModelMismatch(f"{place.path} does not fit {type(model).__name__}: {differences}")
+    return found, Reader(files, keys.sources, scales=quantized.scales)
 
 
 @torch.no_grad()

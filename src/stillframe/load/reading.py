@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 
 from stillframe.errors import CorruptCheckpoint, LoadError
 from stillframe.layout.runs import Ints, Runs, overlap
+from stillframe.load.dequantizing import Dequantizer, Scales
 from stillframe.load.directory import WeightFile
 from stillframe.load.keys import Permutation, Source
 from stillframe.load.safetensors import StoredTensor
@@ -46,12 +47,16 @@ class Reader:
         files: Sequence[WeightFile],
         sources: Sequence[Source],
         *,
+        scales: Mapping[str, Scales] | None = None,
         bounce_bytes: int = _BOUNCE_BYTES,
         max_read_bytes: int = _MAX_READ_BYTES,
     ) -> None:
         self._files = files
         stored = {tensor.name: (index, tensor) for index, file in enumerate(files) for tensor in file.tensors}
         self._sources = [(*stored[source.key], source.permutation) for source in sources]
+        scales = scales or {}
+        self._scales = [scales.get(source.key) for source in sources]
+        self._file_of = {key: stored[found.tensor.name][0] for key, found in scales.items()}
         self._bounce_bytes = bounce_bytes
         self._max_read_bytes = max_read_bytes
         self._bounce: torch.Tensor | None = None  # made when first needed: most loads read straight into place
@@ -61,11 +66,22 @@ class Reader:
         """File and offset of the first of the stored tensors that `runs` point into, to read in the files' order."""
         return min((self._sources[s][0], self._sources[s][1].file_offset) for s in np.unique(runs.source).tolist())
 
+    def stored_names(self, runs: Runs) -> set[str]:
+        """The stored tensors that `runs` point into, and their scales."""
+        used = np.unique(runs.source).tolist()
+        scales = [self._scales[source] for source in used]
+        return {self._sources[s][1].name for s in used} | {found.tensor.name for found in scales if found is not None}
+
     @torch.no_grad()
     def fill(self, flat: torch.Tensor, runs: Runs) -> None:
         """Fill `flat`, contiguous and of one dimension, whose elements `Runs.start` counts; values are cast as by
-        `Tensor.copy_`. Raises CorruptCheckpoint where a file has become shorter, LoadError where reading fails.
+        `Tensor.copy_`, those that have scales after they are multiplied. Raises CorruptCheckpoint where a file has
+        become shorter, LoadError where reading fails.
         """
+        scaled = np.array([self._scales[s] is not None for s in runs.source.tolist()], dtype=bool)
+        for source in np.unique(runs.source[scaled]).tolist():
+            self._fill_scaled(flat, _take(runs, runs.source == source), source)
+        runs = _take(runs, ~scaled)
         permuted = np.array([self._sources[s][2] is not None for s in runs.source.tolist()], dtype=bool)
         for stretch in self._stretches(_take(runs, ~permuted)):
             if flat.device.type == "cpu" and flat.dtype == stretch.dtype:
@@ -75,6 +91,26 @@ class Reader:
         runs = _take(runs, permuted)
         for source in np.unique(runs.source).tolist():
             self._read_permuted(flat, _take(runs, runs.source == source), *self._sources[source])
+
+    def _fill_scaled(self, flat: torch.Tensor, runs: Runs, source: int) -> None:
+        """Fill from one source whose stored values are multiplied by scales; of these the rows that are needed."""
+        file, tensor, permutation = self._sources[source]
+        scales = self._scales[source]
+        assert scales is not None
+        low, high = 0, math.prod(tensor.shape)
+        if permutation is None:
+            low, high = int(runs.source_start.min()), int((runs.source_start + runs.length).max())
+        first, count = scales.rows_of(tensor, low, high)
+        stored, row = scales.tensor, scales.tensor.shape[-1]
+        values = torch.empty(count, row, dtype=stored.dtype, device="cpu")
+        begin = stored.file_offset + first * row * stored.dtype.itemsize
+        self._read_into(self._file_of[tensor.name], begin, [values.view(-1).view(torch.uint8).numpy().data])
+        dequantize = Dequantizer(tensor, scales, first, values.to(torch.float32))
+        if permutation is not None:
+            self._read_permuted(flat, runs, file, tensor, permutation, dequantize)
+            return
+        for stretch in self._stretches(runs):
+            self._read_bounced(flat, stretch, dequantize)
 
     def _stretches(self, runs: Runs) -> Iterator[_Stretch]:
         if not len(runs):
@@ -102,11 +138,12 @@ class Reader:
         places = [memory[start * size : (start + length) * size] for start, length in stretch.places]
         self._read_into(stretch.file, stretch.file_offset, places)
 
-    def _read_bounced(self, flat: torch.Tensor, stretch: _Stretch) -> None:
+    def _read_bounced(self, flat: torch.Tensor, stretch: _Stretch, dequantize: Dequantizer | None = None) -> None:
         size = stretch.dtype.itemsize
         if self._bounce is None:
             self._bounce = torch.empty(self._bounce_bytes, dtype=torch.uint8, device="cpu")
-        window = self._bounce_bytes // size
+        # Multiplied values take 4 bytes each, and while they are made again 4.
+        window = max(1, self._bounce_bytes // (size if dequantize is None else 16))
         lengths = np.array([length for _, length in stretch.places], dtype=np.int64)
         starts = np.array([start for start, _ in stretch.places], dtype=np.int64)
         before = np.cumsum(lengths) - lengths
@@ -115,13 +152,21 @@ class Reader:
             part = self._bounce[: (high - low) * size]
             self._read_into(stretch.file, stretch.file_offset + low * size, [part.numpy().data])
             values = part.view(stretch.dtype)
+            if dequantize is not None:
+                values = dequantize(values, stretch.file_offset + low * size)
             _, p, begin, length = overlap(np.array([low]), np.array([high - low]), before, lengths)
             into = starts[p] + begin - before[p]
             for target, origin, count in zip(into.tolist(), (begin - low).tolist(), length.tolist(), strict=True):
                 flat[target : target + count].copy_(values[origin : origin + count])
 
     def _read_permuted(
-        self, flat: torch.Tensor, runs: Runs, file: int, tensor: StoredTensor, permutation: Permutation | None
+        self,
+        flat: torch.Tensor,
+        runs: Runs,
+        file: int,
+        tensor: StoredTensor,
+        permutation: Permutation | None,
+        dequantize: Dequantizer | None = None,
     ) -> None:
         assert permutation is not None
         outer, extent = _slices(permutation)
@@ -136,7 +181,10 @@ class Reader:
             raw = torch.empty(extent * size, dtype=torch.uint8, device="cpu")
             offset = tensor.file_offset + int(starts[index]) * size
             self._read_into(file, offset, [raw.numpy().data])
-            values = raw.view(tensor.dtype).as_strided(shape, stride).reshape(-1)
+            stored = raw.view(tensor.dtype)
+            if dequantize is not None:
+                stored = dequantize(stored, offset)
+            values = stored.as_strided(shape, stride).reshape(-1)
             mine = b == index
             origin = begin[mine] - blocks[index]
             for t, o, n in zip(into[mine].tolist(), origin.tolist(), length[mine].tolist(), strict=True):

@@ -17,6 +17,7 @@ import torch
 
 from stillframe.errors import CorruptCheckpoint
 from stillframe.layout.huggingface import MAX_HEADER_BYTES, SAFETENSORS_DTYPES
+from stillframe.names import is_unicode
 
 LENGTH_BYTES = 8
 _DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
@@ -100,6 +101,8 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(name: str, entry: object, data_start: int, where: str) -> StoredTensor:
+    if not is_unicode(name):
+        raise CorruptCheckpoint(f"{where}: is no name for a tensor, for it is not valid Unicode")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise CorruptCheckpoint(f"{where}: its entry in the header lacks dtype, shape or data_offsets")
     dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None

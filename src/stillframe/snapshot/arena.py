@@ -5,11 +5,11 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from pathlib import Path
 
 import torch
 
 from stillframe.errors import StillframeError
+from stillframe.snapshot.available import available_memory
 
 
 class Arena:
@@ -21,12 +21,12 @@ class Arena:
 
     def __init__(self, arena_bytes: int) -> None:
         self.size_bytes = max(mmap.PAGESIZE, -(-arena_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
-        available_bytes = _available_bytes()
-        if self.size_bytes > available_bytes:
+        available = available_memory()
+        if self.size_bytes > available.size_bytes:
             # Populating more than there is would not fail: the kernel would kill a process, most likely this one.
             raise StillframeError(
                 f"cannot allocate {self.size_bytes} bytes of shared memory for this rank's snapshot: "
-                f"{available_bytes} bytes are available on this host"
+                f"{available.size_bytes} bytes are available {available.where}"
             )
         self.fd = os.memfd_create("stillframe-arena", os.MFD_CLOEXEC)
         try:
@@ -47,11 +47,3 @@ class Arena:
         self._close_fd()
         self.fd = -1
         self.bytes = torch.empty(0, dtype=torch.uint8)
-
-
-def _available_bytes() -> int:
-    """What the kernel says can be had without swapping (proc_meminfo(5), MemAvailable)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise StillframeError("/proc/meminfo does not say how much memory is available")

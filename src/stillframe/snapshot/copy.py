@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from stillframe.records import Copy, Envelope
+from stillframe.records import Blocks, Copy, Envelope, QuantizedCopy, ScalesCopy
 from stillframe.snapshot.arena import Arena
+from stillframe.snapshot.maxima import SharedMaxima
+from stillframe.snapshot.quantize import Quantizer
 
 
 class Snapshotter:
@@ -18,18 +20,32 @@ class Snapshotter:
 
     `tensors` are the model's own objects (parameters, buffers), by the names that `copies` use. Their memory is looked
     up in each copy: it may move (`model.to`, an optimizer that swaps `.data`), and must not be kept from being freed.
+    `blocks`, and where any are shared `shared_maxima`, are for copies that are quantized.
     """
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], copies: Sequence[Copy], envelopes: Sequence[Envelope], arena: Arena
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        copies: Sequence[Copy],
+        envelopes: Sequence[Envelope],
+        arena: Arena,
+        *,
+        blocks: Blocks | None = None,
+        shared_maxima: SharedMaxima | None = None,
     ) -> None:
         self._arena = arena
-        self._copies = copies
-        used = {copy.tensor for copy in copies}
+        self._quantizer = None if blocks is None else Quantizer(copies, blocks, arena, shared_maxima)
+        copies = [copy for copy in copies if not isinstance(copy, QuantizedCopy | ScalesCopy)]
+        self._copies = [copy for copy in copies if copy.dims is None]
+        self._turned = [copy for copy in copies if copy.dims is not None]
+        used = {copy.tensor for copy in copies} | (self._quantizer.tensors if self._quantizer is not None else set())
         self._tensors = {name: tensor for name, tensor in tensors.items() if name in used}
-        self._targets = [_target(arena, copy, self._tensors[copy.tensor].dtype) for copy in copies]
+        self._targets = [_target(arena, copy, self._tensors[copy.tensor].dtype) for copy in self._copies]
+        self._turned_targets = [_target(arena, copy, self._tensors[copy.tensor].dtype) for copy in self._turned]
         self._envelopes = envelopes
-        self.staged_bytes = sum(t.nbytes for t in self._targets) + sum(len(e.content) for e in envelopes)
+        targets = (*self._targets, *self._turned_targets)
+        self.staged_bytes = sum(t.nbytes for t in targets) + sum(len(e.content) for e in envelopes)
+        self.staged_bytes += self._quantizer.staged_bytes if self._quantizer is not None else 0
 
     def lay_envelopes(self) -> None:
         """Put the bytes that are known from the layout into the arena; once, until somebody else has used it."""
@@ -41,11 +57,29 @@ class Snapshotter:
     def copy(self) -> None:
         """Copy this rank's share of the tensors into the arena; when it returns, the tensors may change again.
 
-        Blocks for the copy. Ordered after all work queued on the current stream of the tensors' device.
+        Blocks for the copy; where blocks of fp8 are shared, until all ranks take theirs. Ordered after all work queued
+        on the current stream of the tensors' device.
         """
-        flat = {name: local_of(t).detach().contiguous().view(-1) for name, t in self._tensors.items()}
+        straight = {copy.tensor for copy in self._copies}
+        if self._quantizer is not None:
+            straight |= self._quantizer.tensors
+        flat = {n: local_of(t).detach().contiguous().view(-1) for n, t in self._tensors.items() if n in straight}
         if self._targets:
             torch._foreach_copy_(self._targets, [_origin(flat[copy.tensor], copy) for copy in self._copies])
+        if self._quantizer is not None:
+            self._quantizer.copy(flat)
+        for copy, target in zip(self._turned, self._turned_targets, strict=True):
+            assert copy.dims is not None, "what is turned has an order of dimensions"
+            self._copy_turned(copy, local_of(self._tensors[copy.tensor]).detach().permute(copy.dims), target)
+
+    def _copy_turned(self, copy: Copy, view: torch.Tensor, target: torch.Tensor) -> None:
+        """Matrix by matrix: torch transposes one in blocks, on the CPU, and on an accelerator makes a copy of it there
+        before it crosses over, which then is one of a single matrix."""
+        place = 0
+        target = target if copy.dtype is not None else target.view(view.dtype)
+        for matrix in in_matrices(view, copy.first_element, copy.element_count):
+            target[place : place + matrix.numel()].view(matrix.shape).copy_(matrix)
+            place += matrix.numel()
 
 
 def _target(arena: Arena, copy: Copy, dtype: torch.dtype) -> torch.Tensor:
@@ -58,6 +92,29 @@ def _target(arena: Arena, copy: Copy, dtype: torch.dtype) -> torch.Tensor:
 def _origin(flat: torch.Tensor, copy: Copy) -> torch.Tensor:
     origin = flat[copy.first_element : copy.first_element + copy.element_count]
     return origin.view(torch.uint8) if copy.dtype is None else origin
+
+
+def in_matrices(view: torch.Tensor, first: int, count: int) -> Iterator[torch.Tensor]:
+    """`count` elements of `view`, in its row-major order from `first` on, as views of at most two dimensions."""
+    if not count:
+        return
+    if view.dim() == 1:
+        yield view[first : first + count]
+        return
+    row = view[0].numel()
+    index, into = divmod(first, row)
+    if into or count < row:
+        here = min(count, row - into)
+        yield from in_matrices(view[index], into, here)
+        yield from in_matrices(view, first + here, count - here)
+        return
+    whole = count // row
+    if view.dim() == 2:
+        yield view[index : index + whole]
+    else:
+        for slice_ in view[index : index + whole]:
+            yield from in_matrices(slice_, 0, row)
+    yield from in_matrices(view, first + whole * row, count - whole * row)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:

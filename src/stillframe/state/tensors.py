@@ -19,6 +19,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.optim import Optimizer
 
 from stillframe.errors import UnsupportedModel
+from stillframe.names import is_unicode
 from stillframe.state.objects import refuse_unsafe
 from stillframe.ties import tied_elsewhere
 from stillframe.tree import StateTree
@@ -52,6 +53,11 @@ def tree_of(model: nn.Module, optimizers: Sequence[Optimizer], *, save_frozen: b
         flat, paths = flatten_state_dict(nested)
     except ValueError as error:
         raise UnsupportedModel(f"two parts of the state have one name: {error}") from error
+    strange = [key for key in flat if not is_unicode(key)]
+    if strange:
+        raise UnsupportedModel(
+            f"the name {strange[0]!r} is not valid Unicode, so no file can hold it; rename the tensor"
+        )
     parameters = {id(p) for p in model.parameters()}
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from stillframe.errors import OptionError
 from stillframe.train import rules
@@ -37,8 +37,8 @@ def key_name(field: dataclasses.Field[Any]) -> str:
 class ModelConfig:
     """[model] What is trained: a Transformers directory (`path`), or a fresh model from a `[model.config]` table.
 
-    `tokenizer` is a directory; it defaults to `path`. `dtype` is that of the parameters, the optimizer's state and
-    the exported weights; computing in bfloat16 is `training.compute_dtype`.
+    `tokenizer` is a directory; it defaults to `path`. `dtype` is that of the parameters, the optimizer's state and,
+    without `export.save_dtype`, the exported weights; computing in bfloat16 is `training.compute_dtype`.
     """
 
     path: str | None = key(rules.text, None)
@@ -94,13 +94,21 @@ class ExportConfig:
     """[export] Hugging Face checkpoints `hf-<step>` in the run directory.
 
     Without `hf_interval` there is one, at the end; with it, one at each multiple and one at the last step. Without
-    `hf_max_keep`, or with -1, all are kept. With `async_hf_export = false` training waits for each.
+    `hf_max_keep`, or with -1, all are kept. With `async_hf_export = false` training waits for each. `save_dtype` casts
+    or quantizes the weights in the export, as the Checkpointer's option does, but for those that `keep_in_fp32` and
+    `keep_in_bf16` name, by regular expressions. `on_failure` says what a failed export leads to; with "continue" at
+    most `max_failures` in a row.
     """
 
     hf_interval: int | None = key(rules.integer(at_least=1), None)
     hf_max_keep: int | None = key(rules.integer(at_least=1, or_minus_one=True), None)
     async_hf_export: bool = key(rules.boolean, True)
     max_shard_size: str | int = key(rules.size, "50GB")
+    save_dtype: str | None = key(rules.one_of("bfloat16", "fp8"), None)
+    keep_in_fp32: tuple[str, ...] = key(rules.list_of(rules.pattern, of_what="regular expressions"), ())
+    keep_in_bf16: tuple[str, ...] = key(rules.list_of(rules.pattern, of_what="regular expressions"), ())
+    on_failure: Literal["raise", "abort", "continue"] = key(rules.one_of("raise", "abort", "continue"), "raise")
+    max_failures: int = key(rules.integer(at_least=1), 3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +120,8 @@ class CheckpointConfig:
     is saved at each multiple of `snapshot_interval` that saves no checkpoint; one is kept.
 
     With `async_checkpoint = false` training waits for each. With `publish_together` an export and a checkpoint of one
-    step appear as one, `step-<step>/`. `save_frozen = false` leaves out parameters that are not trained.
+    step appear as one, `step-<step>/`. `save_frozen = false` leaves out parameters that are not trained. `on_failure`
+    and `max_failures` are as for exports; the two are counted apart.
     """
 
     checkpoint_interval: int | None = key(rules.integer(at_least=1, or_minus_one=True), None)
@@ -121,6 +130,8 @@ class CheckpointConfig:
     async_checkpoint: bool = key(rules.boolean, True)
     publish_together: bool = key(rules.boolean, False)
     save_frozen: bool = key(rules.boolean, True)
+    on_failure: Literal["raise", "abort", "continue"] = key(rules.one_of("raise", "abort", "continue"), "raise")
+    max_failures: int = key(rules.integer(at_least=1), 3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,7 +289,11 @@ def _check_together(config: TrainConfig, source: str) -> None:
 
 def _check_saves(config: TrainConfig, source: str) -> None:
     """Refuse what is set and would have no effect."""
-    checkpoint = config.checkpoint
+    checkpoint, export = config.checkpoint, config.export
+    if export.keep_in_fp32 and export.save_dtype is None:
+        raise OptionError(f"{source}: export.keep_in_fp32 means nothing without export.save_dtype")
+    if export.keep_in_bf16 and export.save_dtype != "fp8":
+        raise OptionError(f"{source}: export.keep_in_bf16 means nothing without export.save_dtype = 'fp8'")
     needing = {
         "checkpoint_maxkeep": checkpoint.checkpoint_maxkeep is not None,
         "publish_together": checkpoint.publish_together,

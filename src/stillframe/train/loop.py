@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from stillframe.checkpointer import Checkpointer
 from stillframe.errors import OptionError
+from stillframe.policies import OnFailure
 from stillframe.train import model as models
 from stillframe.train import optim, parallel, resuming
 from stillframe.train.config import TrainConfig, as_record
@@ -98,10 +99,15 @@ class Trainer:
             optimizer=self.optimizer,
             dataloader=self.data,
             max_shard_size=export.max_shard_size,
+            save_dtype=export.save_dtype,
+            keep_in_fp32=export.keep_in_fp32,
+            keep_in_bf16=export.keep_in_bf16,
             hf_max_keep=export.hf_max_keep,
             checkpoint_maxkeep=checkpoint.checkpoint_maxkeep,
             publish_together=checkpoint.publish_together,
             save_frozen=checkpoint.save_frozen,
+            on_failure=OnFailure(checkpoint.on_failure, checkpoint.max_failures),
+            on_export_failure=OnFailure(export.on_failure, export.max_failures),
         )
         with self.checkpointer:
             resumption = resuming.resume(self)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,15 @@ def pair(item: Rule) -> Rule:
             raise Illegal(f"a list of two, each {error}") from error
 
     return rule
+
+
+def pattern(value: object) -> str:
+    """A regular expression."""
+    if isinstance(value, str):
+        with contextlib.suppress(re.error):
+            re.compile(value)
+            return value
+    raise Illegal("a regular expression")
 
 
 def size(value: object) -> str | int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stillframe.checkpointer import Checkpointer
+from stillframe.errors import SaveFailed
 from stillframe.names import TOGETHER
 from stillframe.train.config import TrainConfig
 from stillframe.train.hooks import Hook
@@ -116,10 +117,16 @@ class Saves:
     def deliver(self, step: int) -> None:
         """Report the next launched save, and run its hooks; blocks until it is published.
 
-        `step` is the one that training has reached. Raises the `SaveFailed` of the save, and what hooks raise.
+        `step` is the one that training has reached. Raises the `SaveFailed` of the save, unless it is to be borne, and
+        what hooks raise.
         """
         launched = self._launched.popleft()
-        path = launched.future.result()
+        try:
+            path = launched.future.result()
+        except SaveFailed as error:
+            self._checkpointer.check()  # raises it, or not, by what on_failure says
+            self._progress.say(f"training goes on without {launched.kind}-{launched.step}: {error}")
+            return
         kinds = (launched.kind, TOGETHER)
         reports = reversed(self._checkpointer.reports)
         report = next(report for report in reports if report.step == launched.step and report.kind in kinds)

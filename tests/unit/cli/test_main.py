@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -39,9 +40,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["train", "list", "--version"]),
+        (["--help"], ["train", "list", "inspect", "verify", "--version"]),
         (["train", "--help"], ["CONFIG.toml", "--set", "torchrun --nproc-per-node", "docs/trainer.md"]),
         (["list", "--help"], ["RUN_DIR", "published", "--json", "docs/retention.md"]),
+        (["inspect", "--help"], ["DIR", "--tensors", "--json", "docs/format.md"]),
+        (["verify", "--help"], ["DIR", "checksums", "docs/format.md"]),
     ],
 )
 def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]) -> None:
@@ -50,7 +53,9 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str], arguments: 
     assert all(word in text for word in words)
 
 
-@pytest.mark.parametrize("arguments", [[], ["sing"], ["train"], ["train", "a.toml", "b.toml"], ["list"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["sing"], ["train"], ["train", "a.toml", "b.toml"], ["list"], ["inspect"], ["verify"]]
+)
 def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert status_of(*arguments) == 2
     assert "usage: stillframe" in capsys.readouterr().err
@@ -65,6 +70,9 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str], arguments: 
         ),
         (["train", "{dir}/empty.toml"], "stillframe train: error: {dir}/empty.toml: data.files is missing"),
         (["list", "{dir}/absent"], "stillframe list: error: {dir}/absent is not a directory"),
+        (["inspect", "{dir}/absent"], "stillframe inspect: error: {dir}/absent: does not exist"),
+        (["verify", "{dir}/absent"], "stillframe verify: error: {dir}/absent: does not exist"),
+        (["verify", "{dir}"], "stillframe verify: error: {dir}: has no stillframe.json"),
     ],
 )
 def test_a_user_s_error_is_one_line_and_status_2(
@@ -96,6 +104,25 @@ def test_list_of_checkpoints_the_latest_last(capsys: pytest.CaptureFixture[str],
         name, kind, listed_step, size, unit, ranks, day, time, zone = line.split()
         assert (name, kind, listed_step, ranks) == (f"hf-{step}", "hf", str(step), "1")
         assert (float(size) > 0, unit, len(day), len(time), len(zone)) == (True, "kB", 10, 8, 5)
+
+
+def test_verify_has_a_line_for_each_directory_and_status_1_for_damage(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with stillframe.Checkpointer(tmp_path, model=models.tiny_qwen3()) as checkpointer:
+        first, second = checkpointer.save_hf(1), checkpointer.save_hf(2)
+    assert status_of("verify", str(first), str(second)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [["whole", str(path)] for path in (first, second)]
+    assert re.fullmatch(r"3 files, 35 tensors, \d+\.\d kB", lines[0].split(": ")[2])
+    (first / "config.json").write_text("{}")
+    assert status_of("verify", str(first), str(second)) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"whole: {second}: ")
+    assert captured.err.startswith(
+        f"damaged: {first}: 1 of 3 files are not what was published: config.json is truncated"
+    )
+    assert captured.err.count("\n") == 1
 
 
 @pytest.fixture

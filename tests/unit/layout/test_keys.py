@@ -39,7 +39,8 @@ def assemble(key: Key, key_map: KeyMap, tensors: dict[str, torch.Tensor]) -> tor
     for start, source, source_start, length in zip(
         *(c.tolist() for c in (key.runs.start, key.runs.source, key.runs.source_start, key.runs.length)), strict=True
     ):
-        origin = tensors[key_map.sources[source]].detach().reshape(-1)
+        origin = tensors[key_map.sources[source]].detach()
+        origin = (origin if key.dims is None else origin.permute(key.dims)).reshape(-1)
         flat[start : start + length] = origin[source_start : source_start + length]
     return flat.reshape(key.shape)
 
@@ -186,16 +187,33 @@ def test_interleaving_is_refused_as_it_gathers_single_elements_into_a_copy() -> 
         save_keys(model, runtime_tensors(model))
 
 
-def test_a_small_transposed_tensor_is_traced_element_by_element() -> None:
-    assert_reproduces(changing(lambda t: t.transpose(0, 1).contiguous()))
-
-
-def test_a_large_transposed_tensor_is_refused_before_it_fills_the_memory() -> None:
+def test_a_transposed_tensor_is_one_run_of_it_in_another_order_whatever_its_size() -> None:
     model = changing(lambda t: t.transpose(0, 1).contiguous())
+    assert [key.dims for key in assert_reproduces(model).keys if key.dims is not None] == [(1, 0)] * 3
     with torch.device("meta"):
         model.model.layers[0].mlp.down_proj = nn.Linear(100_000, 100_000, bias=False)
-    with pytest.raises(UnsupportedModel, match=r"mlp\.w is a transposed tensor, of shape \(100000, 100000\)"):
-        save_keys(model, runtime_tensors(model))
+    turned, *_ = [key for key in save_keys(model, runtime_tensors(model)).keys if key.dims is not None]
+    assert (turned.name, turned.dims, len(turned.runs)) == ("model.layers.0.mlp.w", (1, 0), 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.transpose(0, 1)[1:].contiguous(),
+        lambda t: torch.cat([t, t]).t().contiguous(),
+        lambda t: t.transpose(0, 1).contiguous()[:, 1:],
+    ],
+)
+def test_a_part_or_a_join_that_is_transposed_is_traced_element_by_element(
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    tracer = Tracer({"a": torch.empty(8, 6, device="meta")})
+    values = torch.arange(48.0).view(8, 6)
+    output = tracer.run(lambda tensors: {"turned": change(tensors["a"])})["turned"]
+    assert tracer.turned(output) is None
+    (runs,) = tracer.runs_of_each({"turned": output})
+    found = torch.cat([values.view(-1)[s : s + n] for s, n in zip(runs.source_start, runs.length, strict=True)])
+    assert torch.equal(found, change(values).reshape(-1))
 
 
 def test_a_large_join_that_is_transposed_is_refused_before_it_fills_the_memory() -> None:

@@ -15,7 +15,7 @@ from stillframe.layout.casting import Cast
 from stillframe.layout.distcp import DistcpPlan, plan_distcp
 from stillframe.layout.huggingface import HuggingFacePlan, plan_huggingface
 from stillframe.layout.together import as_one, plan_together, share_as_one
-from stillframe.records import Copy, Envelope, RankShare, WritePlan
+from stillframe.records import Blocks, Copy, Envelope, RankShare, WritePlan
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.copy import Snapshotter
 from stillframe.testing.models import tiny_qwen3, tiny_qwen3_moe
@@ -46,12 +46,15 @@ class Case:
 
 
 BFLOAT16 = Cast(dtype=torch.bfloat16, keep=())
+FP8 = Cast(dtype=torch.bfloat16, keep=(), fp8_but=())
 CASES = {
     "fsdp": Case(3, sharded=True, moe=True),
     "fsdp, tied": Case(2, sharded=True),
     "alike": Case(3, sharded=False, moe=True),
     "cast": Case(2, sharded=True, cast=BFLOAT16),
     "cast, alike": Case(2, sharded=False, cast=BFLOAT16),
+    "fp8": Case(1, sharded=True, moe=True, cast=FP8),
+    "fp8, alike": Case(3, sharded=False, moe=True, cast=FP8),
     "frozen left out": Case(2, sharded=False, frozen="mlp"),
     "frozen left out, fsdp": Case(3, sharded=True, frozen="mlp"),
 }
@@ -64,9 +67,15 @@ class Written:
     files: dict[str, bytearray] = field(default_factory=dict)
     staged_bytes: list[int] = field(default_factory=list)
 
-    def write(self, share: RankShare, tensors: Mapping[str, torch.Tensor], *more: WritePlan) -> None:
+    def write(
+        self,
+        share: RankShare,
+        tensors: Mapping[str, torch.Tensor],
+        *more: WritePlan,
+        blocks: Blocks | None = None,
+    ) -> None:
         arena = Arena(share.plan.arena_bytes)
-        snapshotter = Snapshotter(tensors, share.copies, share.envelopes, arena)
+        snapshotter = Snapshotter(tensors, share.copies, share.envelopes, arena, blocks=blocks)
         snapshotter.lay_envelopes()
         snapshotter.copy()
         for plan in (share.plan, *more):
@@ -107,7 +116,7 @@ def run(case: Case) -> Runs:
             hf = plan_huggingface(model, max_shard_bytes=100_000, cast=case.cast, plan_id=3, **place)
             checkpoint = plan_distcp(tree, plan_id=5, max_file_bytes=300_000, **place)
             joint = plan_together(hf, checkpoint)
-            runs.hf.write(hf.share, hf.tensors)
+            runs.hf.write(hf.share, hf.tensors, blocks=hf.blocks)
             runs.checkpoint.write(checkpoint.share, checkpoint.tensors)
             assert (joint.hf.plan_id, joint.checkpoint.plan_id) == (3, 5)
             assert joint.hf.arena_bytes == joint.checkpoint.arena_bytes
@@ -115,11 +124,12 @@ def run(case: Case) -> Runs:
                 RankShare(plan=joint.hf, copies=joint.copies, envelopes=joint.envelopes),
                 joint.tensors,
                 joint.checkpoint,
+                blocks=joint.blocks,
             )
             layout = as_one(hf.layout, checkpoint.layout)
             one = share_as_one(joint, layout, plan_id=9)
             assert (one.plan.plan_id, one.plan.layout_digest) == (9, layout.digest)
-            runs.one.write(one, joint.tensors)
+            runs.one.write(one, joint.tensors, blocks=joint.blocks)
             runs.layouts.append((hf.layout, checkpoint.layout, layout))
             assert_disjoint(one, joint.tensors)
             if rank == 0:

@@ -222,6 +222,11 @@ def absolute(directory: Path) -> None:
         (lambda d: write_index(d, {"a": ""}), "'a' is said to be in '', which is outside"),
         (lambda d: write_index(d, {"a": "x/../../y"}), "which is outside"),
         (lambda d: write_index(d, {"a": "nul\0"}), "which is outside"),
+        (
+            lambda d: write_index(d, {"a": "\ud800.safetensors"}),
+            r"said to be in '\\ud800\.safetensors', which is outside",
+        ),
+        (lambda d: write_index(d, {"a": SHARDS[0], "b": SHARDS[0], "\ud800": SHARDS[1]}), r"'\\ud800' in model-00002"),
         (lambda d: write_index(d, {}), "has no weight_map"),
         (lambda d: write_index(d, []), "has no weight_map"),
         (lambda d: write_index(d, {"a": 3}), "has no weight_map"),

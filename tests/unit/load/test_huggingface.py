@@ -572,6 +572,20 @@ def test_a_mapping_that_is_none_is_refused_before_anything_is_read(tmp_path: Pat
         stillframe.load_hf(tmp_path / "absent", nn.Linear(2, 2), key_mapping={"(": "x"})
 
 
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        ({"^[ab]": "c"}, r"key_mapping gives 'a\.weight' and 'b\.weight' one key, 'c\.weight'"),
+        ({r"^b\.bias$": ""}, r"key_mapping leaves 'b\.bias' without a key"),
+    ],
+)
+def test_a_mapping_that_would_lose_a_tensor_is_refused(rules: dict[str, str], said: str, tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 3)})
+    directory = stored(tmp_path, {"c.weight": torch.zeros(3, 2), "c.bias": torch.zeros(3)})
+    with unchanged(model), pytest.raises(UnsupportedModel, match=said):
+        stillframe.load_hf(directory, model, key_mapping=rules)
+
+
 def test_wrappers_inside_a_model_make_no_difference(tmp_path: Path) -> None:
     saved, model = tiny_qwen3_vl_moe(seed=1), tiny_qwen3_vl_moe(seed=2)
     saved.save_pretrained(tmp_path)

@@ -65,6 +65,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "JSON cut off": (file_of(b'{"a": {"dtype": "F32"'), "is not the JSON"),
     "a list": (file_of([]), "does not begin with '{'"),
     "not UTF-8": (file_of(b'{"\xff": 1}'), "is not the JSON"),
+    "a name that is not Unicode": (file_of({"\ud800": entry()}, 8), r"'\\ud800': is no name .* not valid Unicode"),
     "nested without end": (file_of(b'{"a":' + b"[" * 200_000), "is not the JSON"),
     "a number without end": (file_of(b'{"a":' + b"9" * 10_000 + b"}"), "is not the JSON"),
     "a key twice": (file_of(b'{"a": {}, "a": {}}'), "'a' is there twice"),

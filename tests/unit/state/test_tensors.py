@@ -56,6 +56,13 @@ def test_a_tied_tensor_is_there_once_with_both_names() -> None:
     assert tree.paths["model.lm_head.weight"] == ("model", "lm_head.weight")
 
 
+def test_a_name_that_no_file_can_hold_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("bad\udc80", torch.zeros(2))
+    with pytest.raises(UnsupportedModel, match=r"the name 'model\.bad\\udc80' is not valid Unicode"):
+        tree_of(model, (), save_frozen=True)
+
+
 def test_buffers_are_rank_0s_and_parameters_everybodys() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     tree = tree_of(model, (), save_frozen=True)

@@ -55,12 +55,19 @@ KEYS: list[tuple[str, object, list[object]]] = [
     ("export.hf_max_keep", -1, [0, -2, "all"]),
     ("export.async_hf_export", False, ["no", 0]),
     ("export.max_shard_size", "5GB", ["5GiB", "big", 0, -1, "0GB", True]),
+    ("export.save_dtype", "bfloat16", ["fp16", "float8_e4m3fn", 8]),
+    ("export.keep_in_fp32", ["norm"], ["norm", [1], ["("]]),
+    ("export.keep_in_bf16", ["visual", "down_proj$"], ["visual", [None], ["*"]]),
     ("checkpoint.checkpoint_interval", -1, [0, -2, 1.5, "10"]),
     ("checkpoint.checkpoint_maxkeep", 3, [0, -2, True]),
     ("checkpoint.snapshot_interval", 10, [0, -1, "10"]),
     ("checkpoint.async_checkpoint", False, ["no", 0]),
     ("checkpoint.publish_together", True, ["yes", 1]),
     ("checkpoint.save_frozen", False, ["no", 0]),
+    ("checkpoint.on_failure", "continue", ["ignore", 1]),
+    ("checkpoint.max_failures", 1, [0, "3"]),
+    ("export.on_failure", "abort", ["", None]),
+    ("export.max_failures", 10, [0, True]),
     ("resume.auto", False, ["no", 0]),
     ("resume.from", "runs/a/checkpoint-10", ["", 10, True]),
     ("resume.fallback", True, ["yes", 1]),
@@ -82,6 +89,8 @@ def with_value(key: str, value: object) -> dict[str, Any]:
     if key == "model.config":  # a fresh model instead of one from a directory
         del inner["path"]
         inner["tokenizer"] = "tokenizers/a"
+    if section == "export":
+        inner["save_dtype"] = "fp8"
     if section == "checkpoint":
         inner["checkpoint_interval"] = 10
     if section == "resume":
@@ -127,6 +136,15 @@ def test_illegal_value_is_refused_by_name(key: str, value: object) -> None:
 def test_unknown_key_is_refused_with_the_known_ones(key: str) -> None:
     with pytest.raises(OptionError, match=rf"^a\.toml: {re.escape(key)}: unknown key; known here: .+"):
         parse_config(with_value(key, 1), source="a.toml")
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype"), [("keep_in_fp32", None), ("keep_in_bf16", None), ("keep_in_bf16", "bfloat16")]
+)
+def test_a_list_of_what_is_not_cast_needs_a_cast(key: str, dtype: str | None) -> None:
+    export = {key: ["norm"], **({} if dtype is None else {"save_dtype": dtype})}
+    with pytest.raises(OptionError, match=rf"^a\.toml: export\.{key} means nothing without export\.save_dtype"):
+        parse_config({**minimal(), "export": export}, source="a.toml")
 
 
 @pytest.mark.parametrize("key", ["run_dir", "data.files", "data.seq_len"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from stillframe.errors import SaveFailed
 from stillframe.train.hooks import Hook
 from stillframe.train.loop import train
 from tests.unit.train import material
@@ -119,3 +120,38 @@ def test_a_line_that_a_crash_cut_off_stays_alone(tmp_path: Path) -> None:
     cut_off, *lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert cut_off == '{"event": "st'
     assert [json.loads(line)["event"] for line in lines] == ["step", "hf_export"]
+
+
+def block(run_dir: Path, *names: str) -> None:
+    """Make saves fail: their places are taken by something else."""
+    for name in names:
+        (run_dir / name).mkdir(parents=True)
+
+
+def test_failures_are_borne_where_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder = Recorder()
+    config = material.config(
+        tmp_path,
+        export={"hf_interval": 1, "on_failure": "continue", "max_failures": 2},
+        checkpoint={"checkpoint_interval": 2},
+        training={"total_steps": 4},
+    )
+    block(tmp_path / "run", "hf-1", "hf-2")
+    train(config, [recorder])
+    assert names(recorder) == ["checkpoint-2", "hf-3", "checkpoint-4", "hf-4"]
+    said = [line for line in capsys.readouterr().out.splitlines() if "training goes on without" in line]
+    assert [line.partition(": ")[0].split()[-1] for line in said] == ["hf-1", "hf-2"]
+    assert all("it exists already" in line for line in said)
+
+
+def test_one_failure_too_many_ends_the_training(tmp_path: Path) -> None:
+    recorder = Recorder()
+    config = material.config(
+        tmp_path,
+        export={"hf_interval": 1, "on_failure": "continue", "max_failures": 1},
+        training={"total_steps": 4},
+    )
+    block(tmp_path / "run", "hf-1", "hf-2")
+    with pytest.raises(SaveFailed, match="save of step 2 failed"):
+        train(config, [recorder])
+    assert names(recorder) == []
