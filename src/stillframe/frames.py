@@ -19,7 +19,7 @@ from stillframe.layout.distcp import DistcpPlan
 from stillframe.layout.huggingface import HuggingFacePlan
 from stillframe.layout.together import as_one, plan_together, share_as_one
 from stillframe.names import CHECKPOINT_PART, EXPORT_PART
-from stillframe.records import Copy, Envelope, InlineFile, Layout, WritePlan
+from stillframe.records import Copy, Envelope, InlineFile, Layout, Reshuffle, WritePlan
 from stillframe.resumable import Resumable
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.copy import Snapshotter
@@ -52,6 +52,7 @@ class _Staging:
     copies: Sequence[Copy]
     envelopes: Sequence[Envelope]
     tensors: Mapping[str, torch.Tensor]
+    reshuffles: Sequence[Reshuffle] = ()
     snapshotter: Snapshotter | None = None
 
     @staticmethod
@@ -63,6 +64,7 @@ class _Staging:
             copies=share.copies,
             envelopes=share.envelopes,
             tensors=plan.tensors,
+            reshuffles=share.reshuffles,
         )
 
 
@@ -185,7 +187,10 @@ class Frames:
                 del self._stagings[what]
 
     def _plan(self, what: What) -> _Staging:
-        export = self.export.plan(self._next_id()) if what != "checkpoint" and self.export is not None else None
+        export = None
+        if what != "checkpoint" and self.export is not None:
+            # A checkpoint has this rank's own boxes in the arena, and an export of the same step is written from there.
+            export = self.export.plan(self._next_id(), may_reshuffle=what == "hf")
         checkpoint = self.resumable.plan(self._next_id()) if what != "hf" else None
         if export is None or checkpoint is None:
             alone = export or checkpoint
@@ -218,7 +223,9 @@ class Frames:
         self._writer.set_plans(self._write_plans(), self._arena.fd)
         for staging in self._stagings.values():
             if staging.snapshotter is None:
-                staging.snapshotter = Snapshotter(staging.tensors, staging.copies, staging.envelopes, self._arena)
+                staging.snapshotter = Snapshotter(
+                    staging.tensors, staging.copies, staging.envelopes, self._arena, staging.reshuffles
+                )
 
     def _write_plans(self) -> list[WritePlan]:
         return [plan for staging in self._stagings.values() for plan in staging.plans]

@@ -24,6 +24,7 @@ from stillframe.layout.casting import Cast, cast_keys, saved_dtype
 from stillframe.layout.keys import Key, KeyMap, runtime_tensors, save_keys
 from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.renaming import KeyMapping
+from stillframe.layout.reshuffle import ReshufflePlan, plan_reshuffles, share_with_reshuffles
 from stillframe.layout.shares import PlacedItem, rank_share
 from stillframe.layout.turned import settle_turned
 from stillframe.records import FileLayout, InlineFile, Item, Layout, RankShare
@@ -84,11 +85,13 @@ def plan_huggingface(
     cast: Cast | None = None,
     key_mapping: KeyMapping | None = None,
     hub_layout: bool = False,
+    may_reshuffle: bool = False,
 ) -> HuggingFacePlan:
     """Lay `model` out as a Hugging Face directory and find this rank's share. No communication, no data is read.
 
     `cast` None saves every tensor in the dtype that it has. `key_mapping` renames keys after Transformers' conversions.
     `hub_layout` gives weights the orientation that they have on the Hub, where Transformers saves another one.
+    With `may_reshuffle` the snapshot exchanges tensors among ranks whose shards would be short runs (`reshuffle`).
 
     Raises LayoutError (UnsupportedModel, UnsupportedPlacement, CoverageError) naming the model or tensor.
     """
@@ -103,6 +106,7 @@ def plan_huggingface(
             cast=cast,
             key_mapping=key_mapping,
             hub_layout=hub_layout,
+            may_reshuffle=may_reshuffle,
         )
 
 
@@ -129,6 +133,7 @@ def _plan(
     cast: Cast | None,
     key_mapping: KeyMapping | None,
     hub_layout: bool,
+    may_reshuffle: bool,
 ) -> HuggingFacePlan:
     tensors = runtime_tensors(model)
     key_map = save_keys(model, tensors, key_mapping, hub_layout=hub_layout)
@@ -136,8 +141,10 @@ def _plan(
         key_map = cast_keys(model, tensors, key_map, cast)
     parameters = {id(p): p for p in model.parameters()}
     held = Holdings(rank=rank, world_size=world_size)
-    holdings = {name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()}
-    key_map = settle_turned(key_map, tensors, holdings)
+    holdings: Mapping[str, Holding] = {
+        name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()}
+    exchanged = plan_reshuffles(key_map, tensors, holdings, held) if may_reshuffle else ReshufflePlan.of_none(holdings)
+    key_map, holdings = settle_turned(key_map, tensors, holdings), exchanged.holdings
     layout, items = lay_out(
         key_map,
         holdings,
@@ -146,8 +153,10 @@ def _plan(
         total_parameters=sum(p.numel() for p in parameters.values()),
         world_size=world_size,
     )
-    layout = replace(layout, sketch=sketch_of(tensors, holdings, key_map.keys))
+    layout = replace(layout, sketch=sketch_of(tensors, holdings, key_map.keys), reshuffled=exchanged.summary)
     share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
+    if exchanged.reshuffles:
+        share = share_with_reshuffles(share, exchanged.reshuffles, tensors)
     config_dtype = None
     if isinstance(model, PreTrainedModel):
         config_dtype = model.dtype if cast is None else saved_dtype(model, tensors, key_map)

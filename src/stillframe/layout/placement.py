@@ -90,8 +90,8 @@ class Holdings:
         self._rank = rank
         self._everyone = tuple(range(world_size))
         self._places: dict[int, MeshPlace] = {}
-        self._distributions: dict[tuple[object, ...], _Distribution] = {}
-        self._holdings: dict[_Distribution, Holding] = {}
+        self._distributions: dict[tuple[object, ...], Distribution] = {}
+        self._holdings: dict[Distribution, Holding] = {}
         self._spreads: dict[object, Spread] = {}
 
     def of(self, name: str, tensor: torch.Tensor, *, is_parameter: bool) -> Holding:
@@ -105,7 +105,7 @@ class Holdings:
             held = tensor.numel() and (is_parameter or self._rank == 0)
             whole = Runs.of([(0, 0, 0, tensor.numel())] if held else [])
             return Holding(runs=whole, replicas=replicas, signature=f"replicas={len(replicas)}")
-        distribution = self._distribution(name, tensor)
+        distribution = self.distribution(name, tensor)
         if distribution not in self._holdings:
             self._holdings[distribution] = distribution.holding()
         return self._holdings[distribution]
@@ -116,7 +116,7 @@ class Holdings:
         A tensor without elements is one box, held by all. Raises UnsupportedPlacement like `of`.
         """
         if isinstance(tensor, DTensor) and tensor.numel():
-            distribution = self._distribution(name, tensor)
+            distribution = self.distribution(name, tensor)
             if distribution not in self._spreads:
                 self._spreads[distribution] = distribution.spread(everybody=self._rank == 0)
             return self._spreads[distribution]
@@ -130,7 +130,8 @@ class Holdings:
             self._spreads[key] = Spread(parts=parts, signature=f"replicas={len(replicas)}")
         return self._spreads[key]
 
-    def _distribution(self, name: str, tensor: DTensor) -> _Distribution:
+    def distribution(self, name: str, tensor: DTensor) -> Distribution:
+        """How `tensor` is distributed; one object for all that are distributed alike. Raises like `of`."""
         mesh, placements, shape = tensor.device_mesh, tuple(tensor.placements), tuple(tensor.shape)
         key = (id(mesh), placements, shape)
         if key not in self._distributions:
@@ -148,7 +149,7 @@ class Holdings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Distribution:
+class Distribution:
     """How a tensor is distributed, proven to be exactly describable; `shards` and `local_shape` per dimension."""
 
     shape: tuple[int, ...]
@@ -168,7 +169,7 @@ class _Distribution:
 
     def holding(self) -> Holding:
         return Holding(
-            runs=_flat_runs(self.shape, self.along(self.place.coordinate)),
+            runs=flat_runs(self.shape, self.along(self.place.coordinate)),
             replicas=replicas_at(self.placements, self.place, self.place.coordinate),
             signature=self.signature,
         )
@@ -193,7 +194,7 @@ class _Distribution:
 
 def _distribution(
     name: str, shape: tuple[int, ...], placements: tuple[Placement, ...], place: MeshPlace
-) -> _Distribution:
+) -> Distribution:
     _refuse_unsupported(name, placements)
     mesh_shape = place.ranks.shape
     shards = tuple(_shards_of(dim, placements, mesh_shape) for dim in range(len(shape)))
@@ -202,7 +203,7 @@ def _distribution(
         _refuse_ambiguous(name, dim, size, shards[dim])
     per_dim = [held_along(size, shards[dim], place.coordinate) for dim, size in enumerate(shape)]
     local_shape = tuple(sum(length for _, length in intervals) for intervals in per_dim)
-    return _Distribution(shape=shape, placements=placements, place=place, shards=shards, local_shape=local_shape)
+    return Distribution(shape=shape, placements=placements, place=place, shards=shards, local_shape=local_shape)
 
 
 def _boxes(per_dim: list[Intervals]) -> tuple[Box, ...]:
@@ -270,7 +271,7 @@ def _refuse_ambiguous(name: str, dim: int, size: int, shards: DimShards) -> None
         )
 
 
-def _flat_runs(shape: tuple[int, ...], per_dim: list[Intervals]) -> Runs:
+def flat_runs(shape: tuple[int, ...], per_dim: list[Intervals]) -> Runs:
     """The product of the intervals of all dimensions, as flat runs global -> local, ascending in the global tensor."""
     if any(not intervals for intervals in per_dim):
         return Runs.of([])
