@@ -142,7 +142,8 @@ def _plan(
     parameters = {id(p): p for p in model.parameters()}
     held = Holdings(rank=rank, world_size=world_size)
     holdings: Mapping[str, Holding] = {
-        name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()}
+        name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()
+    }
     exchanged = plan_reshuffles(key_map, tensors, holdings, held) if may_reshuffle else ReshufflePlan.of_none(holdings)
     key_map, holdings = settle_turned(key_map, tensors, holdings), exchanged.holdings
     layout, items = lay_out(
