@@ -1,6 +1,6 @@
 """Exports of matrices cut along their columns on 2 ranks: as many short runs, or exchanged to whole rows.
 
-    .venv/bin/python benchmarks/reshuffle.py [--rounds 5] [--directory DIR]
+    .venv/bin/python benchmarks/reshuffle.py [--rounds 5] [--run-kib 4 16] [--directory DIR]
 
 For each length of the runs, rounds of both ways take turns, on a model of about 0.5 GiB; the first save of each is not
 counted. A time is that of the slower rank.
@@ -21,7 +21,6 @@ from benchmarks.machine import describe, spread  # noqa: E402
 from stillframe.testing import run_ranks  # noqa: E402
 
 WORLD_SIZE = 2
-RUN_BYTES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10)
 TOTAL_BYTES = 1 << 29
 MATRICES = 8
 
@@ -68,6 +67,7 @@ def measure(directory: Path, run_bytes: int, rounds: int) -> tuple[dict[str, Tim
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--run-kib", type=int, nargs="+", default=[4, 16, 64, 256], help="lengths of the runs")
     parser.add_argument("--directory", type=Path, default=None, help="where to write; a temporary directory if absent")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stillframe-bench-", dir=arguments.directory) as name:
@@ -76,7 +76,7 @@ def main() -> None:
         print(
             "\n| run, KiB | way | extents per rank | stall, s | written, s | median, GB/s |\n|---|---|---|---|---|---|"
         )
-        for run_bytes in RUN_BYTES:
+        for run_bytes in (kib << 10 for kib in arguments.run_kib):
             ranks = run_ranks(
                 WORLD_SIZE, measure, Path(name) / str(run_bytes), run_bytes, arguments.rounds, timeout_s=900
             )

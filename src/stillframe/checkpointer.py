@@ -58,7 +58,10 @@ class Checkpointer:
     """Saves a training run, asynchronously and all or nothing, into `run_dir`: exports and checkpoints to resume from.
 
     Every rank of the job makes one with the same arguments, after `fully_shard` or DDP (the constructor waits for all
-    ranks), and then calls the same saves in the same order. No call communicates through a process group. Works without
+    ranks), and then calls the same saves in the same order. No call communicates through a process group, but for an
+    export alone (not with a checkpoint of the same step) of tensors that are sharded along a dimension behind the first
+    into short runs: while the call copies, on its own thread, the ranks that share such a tensor exchange its rows. A
+    rank that fails before leaves them waiting, at most for the timeout of their process group. Works without
     torch.distributed too. A context manager: leaving it closes.
 
     Args:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import stillframe
+from stillframe.cli.inspecting import format_inspected, inspect
 from stillframe.layout import reshuffle
 from stillframe.manifest import read_manifest
 from stillframe.testing import run_ranks
@@ -132,6 +133,9 @@ def test_an_export_of_exchanged_tensors_equals_save_pretrained(way: str, tmp_pat
     assert done.tensors >= 2
     assert done.size_bytes > 4 * bucket_bytes
     assert done.bucket_bytes == bucket_bytes
+    printed = format_inspected(inspect(tmp_path / "run" / "as-it-is" / "hf-1"), tensors=False)
+    assert f"  {done.tensors} tensors, " in printed
+    assert "exchanged among ranks to whole rows" in printed
     for _, blocks in made:
         large = [size for size in blocks if size >= bucket_bytes // 2]
         assert len(large) <= 3, "three buffers, once for all tensors"

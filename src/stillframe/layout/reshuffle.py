@@ -24,11 +24,11 @@ from stillframe.layout.placement import Distribution, Holding, Holdings, flat_ru
 from stillframe.layout.runs import Runs, overlap
 from stillframe.records import Copy, RankShare, Reshuffle, Reshuffled
 
-DIRECT_FROM_BYTES = 64 << 10
+DIRECT_FROM_BYTES = 16 << 10
 """Runs of at least this length are written where they are (docs/design/0008-reshuffle.md has the measurement)."""
 BUCKET_BYTES = 32 << 20
 """How much a rank gets in one step of an exchange; it holds three times that meanwhile. At least one row, but rows of
-runs shorter than DIRECT_FROM_BYTES are longer than this only where several hundred ranks share them."""
+runs shorter than DIRECT_FROM_BYTES are longer than this only where some thousand ranks share them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
