@@ -20,7 +20,7 @@ from stillframe.layout.distcp import DistcpPlan
 from stillframe.layout.huggingface import HuggingFacePlan
 from stillframe.layout.together import as_one, plan_together, share_as_one
 from stillframe.names import CHECKPOINT_PART, EXPORT_PART
-from stillframe.records import Blocks, Copy, Envelope, InlineFile, Layout, WritePlan
+from stillframe.records import Blocks, Copy, Envelope, InlineFile, Layout, Reshuffle, WritePlan
 from stillframe.resumable import Resumable
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.copy import Snapshotter
@@ -57,6 +57,7 @@ class _Staging:
     envelopes: Sequence[Envelope]
     tensors: Mapping[str, torch.Tensor]
     blocks: Blocks | None
+    reshuffles: Sequence[Reshuffle] = ()
     snapshotter: Snapshotter | None = None
 
     @staticmethod
@@ -69,6 +70,7 @@ class _Staging:
             envelopes=share.envelopes,
             tensors=plan.tensors,
             blocks=plan.blocks if isinstance(plan, HuggingFacePlan) else None,
+            reshuffles=share.reshuffles,
         )
 
 
@@ -227,7 +229,10 @@ class Frames:
                 del self._stagings[what]
 
     def _plan(self, what: What) -> _Staging:
-        export = self.export.plan(self._next_id()) if what != "checkpoint" and self.export is not None else None
+        export = None
+        if what != "checkpoint" and self.export is not None:
+            # A checkpoint has this rank's own boxes in the arena, and an export of the same step is written from there.
+            export = self.export.plan(self._next_id(), may_reshuffle=what == "hf")
         checkpoint = self.resumable.plan(self._next_id()) if what != "hf" else None
         if export is not None:
             self._shares_blocks = export.blocks is not None and export.blocks.shared_count > 0
@@ -272,6 +277,7 @@ class Frames:
                     staging.copies,
                     staging.envelopes,
                     self._arena,
+                    reshuffles=staging.reshuffles,
                     blocks=staging.blocks,
                     shared_maxima=self._shared_maxima,
                 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from awscrt.checksums import crc64nvme
@@ -16,7 +16,7 @@ from awscrt.checksums import crc64nvme
 from stillframe import names
 from stillframe.fields import array, crc64, flag, integer, required, table, text
 from stillframe.manifest import FileEntry, decode_metrics, finite_metrics
-from stillframe.records import FileLayout, InlineFile, Item, Layout
+from stillframe.records import FileLayout, InlineFile, Item, Layout, Reshuffled
 
 FORMAT = "stillframe-plan/1"
 
@@ -105,6 +105,7 @@ def _layout_to_object(layout: Layout) -> dict[str, Any]:
         "digest": layout.digest,
         "rank_files": layout.rank_files,
         "held_back": layout.held_back,
+        "reshuffled": None if layout.reshuffled is None else asdict(layout.reshuffled),
         "files": [
             {
                 "name": file.name,
@@ -159,6 +160,15 @@ def _layout_from_object(data: dict[str, Any]) -> Layout:
         digest=text(data, "digest"),
         rank_files=rank_files,
         held_back=_names(data, "held_back"),
+        reshuffled=None if data.get("reshuffled") is None else _reshuffled_from_object(table(data, "reshuffled")),
+    )
+
+
+def _reshuffled_from_object(data: dict[str, Any]) -> Reshuffled:
+    return Reshuffled(
+        tensors=integer(data, "tensors"),
+        size_bytes=integer(data, "size_bytes"),
+        bucket_bytes=integer(data, "bucket_bytes"),
     )
 
 

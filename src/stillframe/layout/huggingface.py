@@ -25,6 +25,7 @@ from stillframe.layout.keys import Key, KeyMap, runtime_tensors, save_keys
 from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.quantizing import held_blocks, quantize_keys
 from stillframe.layout.renaming import KeyMapping
+from stillframe.layout.reshuffle import ReshufflePlan, plan_reshuffles, share_with_reshuffles
 from stillframe.layout.shares import PlacedItem, rank_share
 from stillframe.layout.stages import Stages, in_whole_model
 from stillframe.layout.turned import settle_turned
@@ -90,12 +91,14 @@ def plan_huggingface(
     key_mapping: KeyMapping | None = None,
     hub_layout: bool = False,
     stages: Stages | None = None,
+    may_reshuffle: bool = False,
 ) -> HuggingFacePlan:
     """Lay `model` out as a Hugging Face directory and find this rank's share. No communication, no data is read.
 
     `cast` None saves every tensor in the dtype that it has. `key_mapping` renames keys after Transformers' conversions.
     `hub_layout` gives weights the orientation that they have on the Hub, where Transformers saves another one.
     `stages`: the whole model, where this rank's is one stage of it.
+    With `may_reshuffle` the snapshot exchanges tensors among ranks whose shards would be short runs (`reshuffle`).
 
     Raises LayoutError (UnsupportedModel, UnsupportedPlacement, CoverageError) naming the model or tensor.
     """
@@ -111,6 +114,7 @@ def plan_huggingface(
             key_mapping=key_mapping,
             hub_layout=hub_layout,
             stages=stages,
+            may_reshuffle=may_reshuffle,
         )
 
 
@@ -138,6 +142,7 @@ def _plan(
     key_mapping: KeyMapping | None,
     hub_layout: bool,
     stages: Stages | None,
+    may_reshuffle: bool,
 ) -> HuggingFacePlan:
     tensors = runtime_tensors(model)
     parameters = {id(p): p.numel() for p in model.parameters()}
@@ -158,8 +163,13 @@ def _plan(
     if cast is not None and cast.fp8_but is not None:
         key_map, left_alone = quantize_keys(model, tensors, key_map, (*cast.keep, *cast.fp8_but))
     held = Holdings(rank=rank, world_size=world_size, stages=stages)
-    holdings = {name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()}
-    key_map = settle_turned(key_map, tensors, holdings)
+    holdings: Mapping[str, Holding] = {
+        name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()
+    }
+    exchanged = ReshufflePlan.of_none(holdings)
+    if may_reshuffle and stages is None:
+        exchanged = plan_reshuffles(key_map, tensors, holdings, held)
+    key_map, holdings = settle_turned(key_map, tensors, holdings), exchanged.holdings
     layout, items = lay_out(
         key_map,
         holdings,
@@ -168,8 +178,10 @@ def _plan(
         total_parameters=total_parameters,
         world_size=world_size,
     )
-    layout = replace(layout, sketch=sketch_of(tensors, holdings, key_map.keys))
+    layout = replace(layout, sketch=sketch_of(tensors, holdings, key_map.keys), reshuffled=exchanged.summary)
     share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
+    if exchanged.reshuffles:
+        share = share_with_reshuffles(share, exchanged.reshuffles, tensors)
     return HuggingFacePlan(
         layout=layout,
         share=share,

@@ -9,10 +9,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from stillframe.records import Blocks, Copy, Envelope, QuantizedCopy, ScalesCopy
+from stillframe.records import Blocks, Copy, Envelope, QuantizedCopy, Reshuffle, ScalesCopy
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.maxima import SharedMaxima
 from stillframe.snapshot.quantize import Quantizer
+from stillframe.snapshot.reshuffle import Exchange
 
 
 class Snapshotter:
@@ -30,6 +31,7 @@ class Snapshotter:
         envelopes: Sequence[Envelope],
         arena: Arena,
         *,
+        reshuffles: Sequence[Reshuffle] = (),
         blocks: Blocks | None = None,
         shared_maxima: SharedMaxima | None = None,
     ) -> None:
@@ -38,12 +40,20 @@ class Snapshotter:
         copies = [copy for copy in copies if not isinstance(copy, QuantizedCopy | ScalesCopy)]
         self._copies = [copy for copy in copies if copy.dims is None]
         self._turned = [copy for copy in copies if copy.dims is not None]
-        used = {copy.tensor for copy in copies} | (self._quantizer.tensors if self._quantizer is not None else set())
+        self._reshuffles = reshuffles
+        used = {copy.tensor for copy in copies} | {reshuffle.tensor for reshuffle in reshuffles}
+        if self._quantizer is not None:
+            used |= self._quantizer.tensors
         self._tensors = {name: tensor for name, tensor in tensors.items() if name in used}
         self._targets = [_target(arena, copy, self._tensors[copy.tensor].dtype) for copy in self._copies]
         self._turned_targets = [_target(arena, copy, self._tensors[copy.tensor].dtype) for copy in self._turned]
+        self._arriving_targets = [
+            [[_target(arena, copy, self._tensors[copy.tensor].dtype) for copy in bucket] for bucket in reshuffle.copies]
+            for reshuffle in reshuffles
+        ]
         self._envelopes = envelopes
-        targets = (*self._targets, *self._turned_targets)
+        arriving = (target for buckets in self._arriving_targets for bucket in buckets for target in bucket)
+        targets = (*self._targets, *self._turned_targets, *arriving)
         self.staged_bytes = sum(t.nbytes for t in targets) + sum(len(e.content) for e in envelopes)
         self.staged_bytes += self._quantizer.staged_bytes if self._quantizer is not None else 0
 
@@ -58,7 +68,8 @@ class Snapshotter:
         """Copy this rank's share of the tensors into the arena; when it returns, the tensors may change again.
 
         Blocks for the copy; where blocks of fp8 are shared, until all ranks take theirs. Ordered after all work queued
-        on the current stream of the tensors' device.
+        on the current stream of the tensors' device. Where tensors are reshuffled, all ranks that share them take part:
+        their process groups must be free, and it raises what they raise, at the latest after their timeout.
         """
         straight = {copy.tensor for copy in self._copies}
         if self._quantizer is not None:
@@ -71,6 +82,13 @@ class Snapshotter:
         for copy, target in zip(self._turned, self._turned_targets, strict=True):
             assert copy.dims is not None, "what is turned has an order of dimensions"
             self._copy_turned(copy, local_of(self._tensors[copy.tensor]).detach().permute(copy.dims), target)
+
+        exchange = Exchange(self._reshuffles, self._tensors)
+        for reshuffle, targets_of in zip(self._reshuffles, self._arriving_targets, strict=True):
+            buckets = exchange.buckets(reshuffle, self._tensors[reshuffle.tensor])
+            for rows, copies, targets in zip(buckets, reshuffle.copies, targets_of, strict=True):
+                if targets:  # none where another replica stages them
+                    torch._foreach_copy_(targets, [_origin(rows, copy) for copy in copies])
 
     def _copy_turned(self, copy: Copy, view: torch.Tensor, target: torch.Tensor) -> None:
         """Matrix by matrix: torch transposes one in blocks, on the CPU, and on an accelerator makes a copy of it there
