@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from stillframe.commit.exchange import Exchange, Exchanged
 from stillframe.commit.rendezvous import Rendezvous
@@ -15,8 +15,10 @@ from stillframe.errors import SaveTimeout, StillframeError, UnsupportedModel
 
 
 def exchanges(tmp_path: Path, count: int, timeout_s: float = 60) -> list[Exchange]:
-    shared = HashStore()
-    stores = [BoundedStore(shared, remote=False, answer_timeout_s=60) for _ in range(count)]
+    # A HashStore would not do: a pop that waits in it is not woken by a push of another thread.
+    served = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    joined = [TCPStore("127.0.0.1", served.port, wait_for_workers=False) for _ in range(1, count)]
+    stores = [BoundedStore(store, remote=False, answer_timeout_s=60) for store in (served, *joined)]
     meetings = [Rendezvous(rank=r, world_size=count, nonce="n", store=s) for r, s in enumerate(stores)]
     return [Exchange(meeting, run_dir=tmp_path, timeout_s=timeout_s) for meeting in meetings]
 
