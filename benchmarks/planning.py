@@ -33,10 +33,10 @@ from benchmarks.simulated import (  # noqa: E402
     bytes_of_ranks,
     distribute,
     on_meta,
-    playing,
     refuse_another_distribution,
 )
 from stillframe.layout.huggingface import plan_huggingface  # noqa: E402
+from stillframe.testing.playing import playing  # noqa: E402
 
 WORLD_SIZES = (8, 256, 4096, 16384)
 

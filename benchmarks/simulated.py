@@ -9,22 +9,20 @@ fast enough, `refuse_another_distribution` compares.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DeviceMesh, DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.debug import _clear_fast_path_sharding_prop_cache, _clear_sharding_prop_cache
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
+
+from stillframe.testing.playing import playing
 
 BF16 = {"dtype": torch.bfloat16, "tie_word_embeddings": False}
 
@@ -105,18 +103,6 @@ DISTRIBUTIONS: dict[str, Callable[[int], Placing]] = {
     "FSDP x EP": _fsdp_and_experts,
     "HSDP": _hsdp,
 }
-
-
-@contextmanager
-def playing(rank: int, world_size: int) -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        # The caches of DTensor's operations hold meshes that know which rank they are on.
-        _clear_sharding_prop_cache()
-        _clear_fast_path_sharding_prop_cache()
 
 
 def on_meta(config: PreTrainedConfig) -> PreTrainedModel:

@@ -140,8 +140,9 @@ class Background:
         """The published saves, oldest first (at most the last 256)."""
         return tuple(self._reports)
 
-    def is_over_soon(self) -> bool:
-        """Wait for the save in flight no longer than other ranks may need; they may have ended long ago."""
+    def wait_briefly(self) -> bool:
+        """Wait for the save in flight no longer than other ranks may need, for they may have ended long ago; whether it
+        is over then."""
         if self._in_flight is None:
             return True
         self._in_flight.thread.join(_GOODBYE_TIMEOUT_S)
@@ -204,7 +205,7 @@ class Background:
         if self._meeting.rank == 0:
             self.ballot.await_acknowledged(_ABORT_TIMEOUT_S)  # or they would wait for a verdict that is gone
         _log.critical("ending this process with status %d, as on_failure='abort' says", ABORT_STATUS)
-        logging.shutdown()  # no more than flushes what the handlers hold
+        logging.shutdown()  # os._exit flushes nothing of what handlers hold
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()

@@ -558,7 +558,7 @@ class Checkpointer:
 
     def _close_at_exit(self) -> None:
         """Close, but wait for other ranks no longer than they may need; they may have ended long ago."""
-        if self._background.is_over_soon():
+        if self._background.wait_briefly():
             self.close()
 
     def _close_behind(self) -> None:

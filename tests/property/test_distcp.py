@@ -27,8 +27,8 @@ from stillframe.layout.distcp import DistcpPlan, plan_distcp
 from stillframe.records import InlineFile
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.copy import Snapshotter
+from stillframe.testing.playing import playing
 from stillframe.tree import StateTree
-from tests.playing import playing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool]
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from stillframe.errors import UnsupportedPlacement
 from stillframe.layout.placement import Holding, Holdings
-from tests.playing import playing
+from stillframe.testing.playing import playing
 
 MESHES = [(1,), (2,), (3,), (4,), (2, 2), (3, 2), (2, 3), (1, 4), (2, 1, 3), (2, 2, 2)]
 

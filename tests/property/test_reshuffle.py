@@ -18,7 +18,7 @@ from stillframe.layout.reshuffle import plan_reshuffles, share_with_reshuffles
 from stillframe.layout.runs import Runs
 from stillframe.layout.shares import PlacedItem, rank_share
 from stillframe.records import FileLayout, Item, Layout, RankShare, Reshuffle
-from tests.playing import playing
+from stillframe.testing.playing import playing
 
 MESHES = [(2,), (3,), (4,), (2, 2), (3, 2), (2, 3), (2, 2, 2)]
 

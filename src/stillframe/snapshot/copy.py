@@ -13,7 +13,7 @@ from stillframe.records import Blocks, Copy, Envelope, QuantizedCopy, Reshuffle,
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.maxima import SharedMaxima
 from stillframe.snapshot.quantize import Quantizer
-from stillframe.snapshot.reshuffle import Exchange
+from stillframe.snapshot.reshuffle import RowExchange
 
 
 class Snapshotter:
@@ -83,7 +83,7 @@ class Snapshotter:
             assert copy.dims is not None, "what is turned has an order of dimensions"
             self._copy_turned(copy, local_of(self._tensors[copy.tensor]).detach().permute(copy.dims), target)
 
-        exchange = Exchange(self._reshuffles, self._tensors)
+        exchange = RowExchange(self._reshuffles, self._tensors)
         for reshuffle, targets_of in zip(self._reshuffles, self._arriving_targets, strict=True):
             buckets = exchange.buckets(reshuffle, self._tensors[reshuffle.tensor])
             for rows, copies, targets in zip(buckets, reshuffle.copies, targets_of, strict=True):

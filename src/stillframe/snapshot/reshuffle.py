@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from stillframe.records import Reshuffle
 
 
-class Exchange:
+class RowExchange:
     """The buffers of one snapshot's exchanges: three of a bucket's size on each device, however large the tensors."""
 
     def __init__(self, reshuffles: Sequence[Reshuffle], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -16,8 +16,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from stillframe.errors import LayoutError, UnsupportedModel, UnsupportedPlacement
 from stillframe.layout.distcp import DistcpPlan, plan_distcp
 from stillframe.testing.models import tiny_qwen3_moe
+from stillframe.testing.playing import playing
 from stillframe.tree import StateTree
-from tests.playing import playing
 from tests.state_trees import stepped, tree_of
 
 

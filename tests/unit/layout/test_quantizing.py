@@ -22,7 +22,7 @@ from stillframe.layout.quantizing import held_blocks
 from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.runs import Runs
 from stillframe.testing.models import tiny_qwen3, tiny_qwen3_moe, tiny_qwen3_vl_moe
-from tests.playing import playing
+from stillframe.testing.playing import playing
 
 
 def fp8(*but: str, keep: tuple[str, ...] = ()) -> Cast:

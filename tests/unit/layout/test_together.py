@@ -19,7 +19,7 @@ from stillframe.records import Blocks, Copy, Envelope, RankShare, WritePlan
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.copy import Snapshotter
 from stillframe.testing.models import tiny_qwen3, tiny_qwen3_moe
-from tests.playing import playing
+from stillframe.testing.playing import playing
 from tests.state_trees import stepped, tree_of
 
 

@@ -21,7 +21,7 @@ from stillframe.load.distcp import open_distcp
 from stillframe.load.filling import Limits
 from stillframe.manifest import FileEntry, Manifest, TensorEntry, encode_manifest
 from stillframe.names import MANIFEST_NAME, rank_state_name
-from tests.property.test_placement import playing
+from stillframe.testing.playing import playing
 from tests.unit.load.distcp_directories import (
     bits,
     change_metadata,

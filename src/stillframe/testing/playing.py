@@ -19,5 +19,5 @@ def playing(rank: int, world_size: int) -> Iterator[None]:
     finally:
         dist.destroy_process_group()
         # The caches of DTensor's operations hold meshes that know which rank they are on.
-        _clear_sharding_prop_cache()
-        _clear_fast_path_sharding_prop_cache()
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+        _clear_fast_path_sharding_prop_cache()  # type: ignore[no-untyped-call]
