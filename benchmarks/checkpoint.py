@@ -33,7 +33,7 @@ BENCHMARKS_DIR = Path(__file__).parent
 sys.path.insert(0, str(BENCHMARKS_DIR.parent))
 
 from benchmarks.limits import BareWrite, WarmCopy  # noqa: E402
-from benchmarks.machine import describe, pss_bytes, spread  # noqa: E402
+from benchmarks.machine import describe, end_cleanly_when_told_to, pss_bytes, spread  # noqa: E402
 from stillframe.testing import run_ranks  # noqa: E402
 
 WORLD_SIZE = 2
@@ -291,6 +291,7 @@ def report(found: list[tuple[int, list[Round]]], memory_bytes: dict[str, list[in
 
 
 def main() -> None:
+    end_cleanly_when_told_to()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=1376, help="width of the model; 1376 makes 3.1 GiB")

@@ -21,7 +21,7 @@ BENCHMARKS_DIR = Path(__file__).parent
 sys.path.insert(0, str(BENCHMARKS_DIR.parent))
 
 from benchmarks.limits import BareWrite, WarmCopy  # noqa: E402
-from benchmarks.machine import describe, pss_bytes, spread  # noqa: E402
+from benchmarks.machine import describe, end_cleanly_when_told_to, pss_bytes, spread  # noqa: E402
 from stillframe.testing import run_ranks  # noqa: E402
 
 WORLD_SIZE = 2
@@ -145,6 +145,7 @@ def report(figures: list[RankFigures], directory: Path) -> str:
 
 
 def main() -> None:
+    end_cleanly_when_told_to()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--directory", type=Path, default=None, help="where to write; a temporary directory if absent")

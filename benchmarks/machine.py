@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 from stillframe.provenance import git_commit, versions
+
+
+def end_cleanly_when_told_to() -> None:
+    """Take SIGTERM as a Ctrl-C, so that ranks and the gigabytes in temporary folders end with the benchmark."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def describe(directory: Path) -> str:

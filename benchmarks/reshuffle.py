@@ -17,7 +17,7 @@ from statistics import median
 BENCHMARKS_DIR = Path(__file__).parent
 sys.path.insert(0, str(BENCHMARKS_DIR.parent))
 
-from benchmarks.machine import describe, spread  # noqa: E402
+from benchmarks.machine import describe, end_cleanly_when_told_to, spread  # noqa: E402
 from stillframe.testing import run_ranks  # noqa: E402
 
 WORLD_SIZE = 2
@@ -65,6 +65,7 @@ def measure(directory: Path, run_bytes: int, rounds: int) -> tuple[dict[str, Tim
 
 
 def main() -> None:
+    end_cleanly_when_told_to()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--run-kib", type=int, nargs="+", default=[4, 16, 64, 256], help="lengths of the runs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -16,6 +17,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # How long an example takes depends on the machine; no test's outcome may.
 hypothesis.settings.register_profile("stillframe", hypothesis.settings(), deadline=None)
 hypothesis.settings.load_profile("stillframe")
+
+
+def pytest_configure() -> None:
+    """A run that is told to end (`timeout`, CI) ends as by Ctrl-C, so that ranks and temporary folders end with it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
