@@ -124,7 +124,15 @@ def laid_out(model: PreTrainedModel, world_size: int) -> dict[str, bytes]:
         plan = plan_huggingface(model, max_shard_bytes=_shard_bytes(model), rank=rank, world_size=world_size, plan_id=1)
         share = plan.share
         arena = Arena(share.plan.arena_bytes)
-        snapshotter = Snapshotter(plan.tensors, share.copies, share.envelopes, arena)
+        assert plan.conversion is not None
+        snapshotter = Snapshotter(
+            plan.tensors,
+            share.copies,
+            share.envelopes,
+            arena,
+            gathers=plan.gathers,
+            compute=plan.conversion.compute,
+        )
         snapshotter.lay_envelopes()
         snapshotter.copy()
         memory = arena.bytes.numpy().tobytes()

@@ -127,6 +127,7 @@ class Publication:
                 tensors=proven.tensors,
                 branch=plan.branch,
                 metrics=dict(plan.metrics),
+                gathered=plan.layout.gathered,
             )
         )
         self._hidden.publish(plan.attempt, overwrite=plan.overwrite)

@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 
 from stillframe.errors import LayoutError, UnsupportedModel
 from stillframe.layout.casting import Cast, cast_keys, saved_dtype
+from stillframe.layout.computing import Conversion
+from stillframe.layout.gather import GatherPlan, plan_gathers
 from stillframe.layout.keys import Key, KeyMap, runtime_tensors, save_keys
 from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.quantizing import held_blocks, quantize_keys
@@ -28,7 +30,7 @@ from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.shares import PlacedItem, rank_share
 from stillframe.layout.stages import Stages, in_whole_model
 from stillframe.layout.turned import settle_turned
-from stillframe.records import Blocks, FileLayout, InlineFile, Item, Layout, RankShare
+from stillframe.records import Blocks, FileLayout, Gather, InlineFile, Item, Layout, RankShare
 from stillframe.sketch import Sketch
 from stillframe.wrappers import unwrapped_module, without_wrappers
 
@@ -65,7 +67,10 @@ class HuggingFacePlan:
     `config_dtype` is the model's dtype in the files, as config.json says it; None for a module that is no
     PreTrainedModel and has no config. `items`, `sources` and `holdings` are what
     the share was made of, for a save that shares it out otherwise (`together`). `blocks` and `left_alone` (modules, as
-    config.json names them) are those of a plan in fp8, else None.
+    config.json names them) are those of a plan in fp8, else None. `gathers` are what this rank exchanges with others
+    (`exchanges`: some rank does), `conversion` makes of it what is computed, and `owned` are the tensors that their
+    owners alone count as holding. Of `file_ranks` each has the file of that number to itself; None: whoever holds a
+    part of a file writes it.
     """
 
     layout: Layout
@@ -77,6 +82,11 @@ class HuggingFacePlan:
     holdings: Mapping[str, Holding]
     blocks: Blocks | None = None
     left_alone: tuple[str, ...] | None = None
+    gathers: Sequence[Gather] = ()
+    conversion: Conversion | None = None
+    exchanges: bool = False
+    owned: frozenset[str] = frozenset()
+    file_ranks: Sequence[int] | None = None
 
 
 def plan_huggingface(
@@ -157,8 +167,22 @@ def _plan(
     left_alone = None
     if cast is not None and cast.fp8_but is not None:
         key_map, left_alone = quantize_keys(model, tensors, key_map, (*cast.keep, *cast.fp8_but))
+    if stages is not None:
+        _refuse_computed(key_map)
     held = Holdings(rank=rank, world_size=world_size, stages=stages)
     holdings = {name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()}
+    gathered = GatherPlan.of_none(tensors, holdings)
+    if stages is None:
+        gathered = plan_gathers(
+            key_map,
+            tensors,
+            held,
+            holdings,
+            rank=rank,
+            world_size=world_size,
+            buffers=frozenset(name for name, tensor in tensors.items() if id(tensor) not in parameters),
+        )
+    tensors, holdings = dict(gathered.tensors), dict(gathered.holdings)
     key_map = settle_turned(key_map, tensors, holdings)
     layout, items = lay_out(
         key_map,
@@ -168,7 +192,7 @@ def _plan(
         total_parameters=total_parameters,
         world_size=world_size,
     )
-    layout = replace(layout, sketch=sketch_of(tensors, holdings, key_map.keys))
+    layout = replace(layout, sketch=sketch_of(tensors, holdings, key_map.keys), gathered=gathered.summary)
     share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
     return HuggingFacePlan(
         layout=layout,
@@ -180,7 +204,20 @@ def _plan(
         holdings=holdings,
         blocks=None if left_alone is None else held_blocks(key_map, tensors, held, holdings),
         left_alone=left_alone,
+        gathers=gathered.gathers,
+        conversion=Conversion(model, hub_layout=hub_layout),
+        exchanges=gathered.exchanges,
+        owned=gathered.owned,
     )
+
+
+def _refuse_computed(key_map: KeyMap) -> None:
+    for key in key_map.keys:
+        if key.made_of:
+            raise UnsupportedModel(
+                f"{key.name} is not made of renames, slices and concatenations of tensors (its conversion computes new "
+                "values), which stillframe does not support in stages of a pipeline yet"
+            )
 
 
 def sketch_of(tensors: Mapping[str, torch.Tensor], holdings: Mapping[str, Holding], keys: Iterable[Key]) -> Sketch:
