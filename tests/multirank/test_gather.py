@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -18,7 +17,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import stillframe
-from stillframe.errors import SaveFailed, StillframeError
 from stillframe.layout import gather
 from stillframe.manifest import read_manifest
 from stillframe.testing import run_ranks

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from stillframe.errors import CorruptCheckpoint, LoadError, NotACheckpoint
 from stillframe.manifest import FileEntry, Manifest, TensorEntry, decode_manifest, encode_manifest, read_manifest
+from stillframe.records import Gathered
 
 PATH = Path("/run/hf-5/stillframe.json")
 MANIFEST = Manifest(
@@ -38,6 +39,7 @@ MANIFEST = Manifest(
     },
     branch="main",
     metrics={"loss": 0.5},
+    gathered=Gathered(keys=("a.weight",), bucket_bytes=1024),
 )
 
 counts = st.integers(min_value=0, max_value=2**63)
@@ -126,7 +128,7 @@ def places(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 FIELDS = json.loads(encode_manifest(MANIFEST))
-OPTIONAL = [("files", "config.json"), ("branch",), ("metrics",)]
+OPTIONAL = [("files", "config.json"), ("branch",), ("metrics",), ("gathered",)]
 
 
 @given(st.sampled_from(places(FIELDS)), json_values)

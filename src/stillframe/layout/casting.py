@@ -52,7 +52,7 @@ def cast_keys(
         kept = any(pattern.search(key.name) for pattern in cast.keep) or not kept_sources.isdisjoint(
             key.made_of or np.unique(key.runs.source).tolist()
         )
-        if kept or key.dtype == cast.dtype:
+        if kept or key.dtype == cast.dtype or not key.dtype.is_floating_point:
             return key
         block_bytes = key.block_bytes // key.dtype.itemsize * cast.dtype.itemsize
         return replace(key, dtype=cast.dtype, block_bytes=block_bytes)

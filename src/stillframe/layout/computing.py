@@ -39,12 +39,12 @@ class Conversion:
         self._hub_layout = hub_layout
 
     def __call__(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if not isinstance(self._model, PreTrainedModel):
-            return dict(tensors)
         orientation = hub_orientation(self._model) if self._hub_layout else nullcontext()
         with without_wrappers(self._model), unsharded_classes(self._model), orientation:
-            converted: dict[str, torch.Tensor] = revert_weight_conversion(self._model, dict(tensors))
-        return converted
+            converted = dict(tensors)
+            if isinstance(self._model, PreTrainedModel):
+                converted = revert_weight_conversion(self._model, converted)
+            return converted
 
     def compute(
         self, tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.dtype]
@@ -54,13 +54,16 @@ class Conversion:
         As in the save of a model that was cast, tensors are cast before they are converted. `tensors` are whole, those
         that the keys are made of.
         """
+        uncast = self({name: tensor.to("meta") for name, tensor in tensors.items()})
+        by_cast: dict[torch.dtype | None, list[str]] = {}
+        for name, dtype in wanted.items():
+            cast = None if uncast[name.removeprefix(_PREFIX)].dtype == dtype else dtype
+            by_cast.setdefault(cast, []).append(name)
         results: dict[str, torch.Tensor] = {}
-        for dtype in sorted(set(wanted.values()), key=str):
-            cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-            converted = self(cast)
-            for name, becomes in wanted.items():
-                if becomes == dtype:
-                    results[name] = converted[name.removeprefix(_PREFIX)].contiguous()
+        for cast, names in by_cast.items():
+            given = {n: t if cast is None or not t.is_floating_point() else t.to(cast) for n, t in tensors.items()}
+            converted = self(given)
+            results |= {name: converted[name.removeprefix(_PREFIX)].contiguous() for name in names}
         return results
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from stillframe.errors import StillframeError
 from stillframe.records import Gather, Piece
 from stillframe.snapshot.peers import Peers
 
@@ -74,7 +75,15 @@ class Gatherer:
             return whole
         assert self._compute is not None, "what is computed comes with a conversion"
         wanted = {name: self._tensors[name].dtype for name in gather.computed}
-        return whole | self._compute(whole, wanted)
+        made = self._compute(whole, wanted)
+        for name, tensor in made.items():
+            expected = self._tensors[name]
+            if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
+                raise StillframeError(
+                    f"{name}: the conversion made {tuple(tensor.shape)} {tensor.dtype} of it, and "
+                    f"{tuple(expected.shape)} {expected.dtype} when it was laid out"
+                )
+        return whole | made
 
     def _receive(self, target: torch.Tensor, sender: int) -> None:
         assert self._peers is not None, "there is somebody to get it from"
