@@ -1,25 +1,26 @@
-"""Keys that a conversion computes, and large transposes that shards cut: one rank makes them of what the others hold."""
+"""Keys that a conversion computes, and transposes that shards cut: one rank makes them of what the others hold."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import stillframe
-from stillframe.layout import gather
+from stillframe.errors import SaveFailed
+from stillframe.layout import gather, keys
 from stillframe.manifest import read_manifest
 from stillframe.testing import run_ranks
+from stillframe.testing.models import tiny_qwen3_vl_moe
 from tests.models.tiny_models import tiny_model
 from tests.multirank.exports import digests
 
@@ -54,24 +55,9 @@ def _fsdp_and_tensor_parallel() -> PreTrainedModel:
 
 
 WAYS: dict[str, tuple[int, Callable[[], PreTrainedModel]]] = {
-    "replicated": (2, _model),
     "fsdp": (3, _fsdp),
     "fsdp_tp": (4, _fsdp_and_tensor_parallel),
 }
-
-
-class _Made(TorchDispatchMode):
-    """The sizes of all new memory that operations ask for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if re.search("empty|clone|cat|_to_copy|zeros|stack", str(func)):
-            self.bytes.append(result.nbytes)
-        return result
 
 
 def _doubled(model: PreTrainedModel) -> None:
@@ -80,14 +66,13 @@ def _doubled(model: PreTrainedModel) -> None:
             getattr(parameter, "_local_tensor", parameter).mul_(2)
 
 
-def _save(run_dir: Path, way: str) -> tuple[list[int], int]:
+def _save(run_dir: Path, way: str) -> int:
     gather.BUCKET_BYTES = BUCKET_BYTES
     model = WAYS[way][1]()
     with stillframe.Checkpointer(run_dir / "as-it-is", model=model, max_shard_size="50KB") as ckpt:
         ckpt.save_hf(1)
         _doubled(model)
-        with _Made() as made:
-            ckpt.save_hf(2)
+        ckpt.save_hf(2)
         frames = ckpt._frames
         assert frames is not None
         (staging,) = frames._stagings.values()
@@ -95,12 +80,12 @@ def _save(run_dir: Path, way: str) -> tuple[list[int], int]:
     with stillframe.Checkpointer(run_dir / "cast", model=model, save_dtype="bfloat16") as ckpt:
         ckpt.save_hf(2)
         ckpt.save_both(3)
-    return made.bytes, owned
+    return owned
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_computed_keys_are_those_of_the_unsharded_save(way: str, tmp_path: Path) -> None:
-    made = run_ranks(WAYS[way][0], _save, tmp_path / "run", way)
+    owned = run_ranks(WAYS[way][0], _save, tmp_path / "run", way)
     model = _model()
     model.save_pretrained(tmp_path / "first", max_shard_size="50KB")
     _doubled(model)
@@ -122,5 +107,71 @@ def test_computed_keys_are_those_of_the_unsharded_save(way: str, tmp_path: Path)
     assert done.bucket_bytes == BUCKET_BYTES
     assert len(done.keys) == 4
     assert all(re.fullmatch(COMPUTED, key) for key in done.keys)
-    assert sum(owned for _, owned in made) == 4  # groups, shared out among the ranks
-    assert max(owned for _, owned in made) - min(owned for _, owned in made) <= 1
+    assert sum(owned) == 4  # groups, shared out among the ranks
+    assert max(owned) - min(owned) <= 1
+
+
+def _save_for_the_hub(run_dir: Path, most_elements: int) -> int:
+    keys._MAX_SINGLE_ELEMENTS, gather.BUCKET_BYTES = most_elements, BUCKET_BYTES
+    model = tiny_qwen3_vl_moe()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.language_model.layers:
+        for name, parameter in list(layer.mlp.experts.named_parameters()):
+            placed = distribute_tensor(parameter.data, mesh, [Shard(1 if name.startswith("gate") else 2)])
+            setattr(layer.mlp.experts, name, torch.nn.Parameter(placed))
+    with stillframe.Checkpointer(run_dir, model=model, layout="hub") as ckpt:
+        ckpt.save_hf(1)
+        ckpt.save_both(2)
+        assert ckpt._frames is not None
+        return max(len(plan.files[0].extents) for plan in ckpt._frames._write_plans() if plan.files)
+
+
+def test_transposes_that_shards_cut_are_made_by_one_rank_where_they_are_too_large_for_a_run_each(
+    tmp_path: Path,
+) -> None:
+    run_ranks(2, _save_for_the_hub, tmp_path / "gathered", 1000)
+    run_ranks(2, _save_for_the_hub, tmp_path / "direct", 1 << 22)
+    for step in (1, 2):
+        found, expected = (digests(tmp_path / way / f"hf-{step}") for way in ("gathered", "direct"))
+        assert found.pop("stillframe.json") != expected.pop("stillframe.json")
+        assert found == expected
+    assert read_manifest(tmp_path / "direct" / "hf-1").gathered is None
+    done = read_manifest(tmp_path / "gathered" / "hf-1").gathered
+    assert done is not None
+    assert len(done.keys) == 6
+    assert all("mlp.experts" in key for key in done.keys)
+
+
+def _fail_early(run_dir: Path) -> tuple[str, str]:
+    """A rank whose snapshot fails before it comes to the others, which wait for it; then one that does not come."""
+    with stillframe.Checkpointer(run_dir, model=_fsdp(), save_timeout_s=10.0) as ckpt:
+        with pytest.raises(SaveFailed) as failed:
+            ckpt.save_hf(1, metrics={"loss": "high"} if dist.get_rank() == 0 else None)
+        ckpt.save_hf(2)
+    return str(failed.value), str(dist.get_rank())
+
+
+def test_a_rank_that_fails_before_keeps_nobody_waiting(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _fail_early, tmp_path)
+    assert "metrics: 'loss' must be a number" in first[0]
+    assert "rank 0 failed in its snapshot" in second[0] or "metrics" in second[0]
+    assert not (tmp_path / "hf-1").exists()
+    assert (tmp_path / "hf-2").is_dir()
+
+
+def _save_alone(run_dir: Path) -> str:
+    """Rank 1 does not call the save in which tensors of its are needed."""
+    said = ""
+    with stillframe.Checkpointer(run_dir, model=_fsdp(), save_timeout_s=5.0) as ckpt:
+        if dist.get_rank() == 0:
+            with pytest.raises(SaveFailed) as failed:
+                ckpt.save_hf(1)
+            said = str(failed.value)
+        dist.barrier()
+    return said
+
+
+def test_a_rank_that_does_not_come_ends_the_save_in_bounded_time(tmp_path: Path) -> None:
+    alone, _ = run_ranks(2, _save_alone, tmp_path)
+    assert "could not meet the other ranks within 5 s; did every rank call the save" in alone
+    assert not (tmp_path / "hf-1").exists()
