@@ -8,7 +8,6 @@ placements alone, so by all ranks alike. No communication; `snapshot.gather` doe
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -212,4 +211,4 @@ def _is_cut(key: Key, name: str, tensors: Mapping[str, torch.Tensor], held: Hold
 
 
 def _bytes_of(keys: Iterable[Key]) -> int:
-    return sum(math.prod(key.shape) * key.dtype.itemsize for key in keys)
+    return sum(key.size_bytes for key in keys)

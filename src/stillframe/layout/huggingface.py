@@ -24,6 +24,7 @@ from stillframe.layout.casting import Cast, cast_keys, saved_dtype
 from stillframe.layout.computing import Conversion
 from stillframe.layout.gather import GatherPlan, plan_gathers
 from stillframe.layout.keys import Key, KeyMap, runtime_tensors, save_keys
+from stillframe.layout.per_rank import OwnFile, own_files
 from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.quantizing import held_blocks, quantize_keys
 from stillframe.layout.renaming import KeyMapping
@@ -100,12 +101,13 @@ def plan_huggingface(
     key_mapping: KeyMapping | None = None,
     hub_layout: bool = False,
     stages: Stages | None = None,
+    per_rank: bool = False,
 ) -> HuggingFacePlan:
     """Lay `model` out as a Hugging Face directory and find this rank's share. No communication, no data is read.
 
     `cast` None saves every tensor in the dtype that it has. `key_mapping` renames keys after Transformers' conversions.
     `hub_layout` gives weights the orientation that they have on the Hub, where Transformers saves another one.
-    `stages`: the whole model, where this rank's is one stage of it.
+    `stages`: the whole model, where this rank's is one stage of it. With `per_rank` each rank has files of its own.
 
     Raises LayoutError (UnsupportedModel, UnsupportedPlacement, CoverageError) naming the model or tensor.
     """
@@ -121,6 +123,7 @@ def plan_huggingface(
             key_mapping=key_mapping,
             hub_layout=hub_layout,
             stages=stages,
+            per_rank=per_rank,
         )
 
 
@@ -148,6 +151,7 @@ def _plan(
     key_mapping: KeyMapping | None,
     hub_layout: bool,
     stages: Stages | None,
+    per_rank: bool,
 ) -> HuggingFacePlan:
     tensors = runtime_tensors(model)
     parameters = {id(p): p.numel() for p in model.parameters()}
@@ -181,9 +185,13 @@ def _plan(
             rank=rank,
             world_size=world_size,
             buffers=frozenset(name for name, tensor in tensors.items() if id(tensor) not in parameters),
+            every_key=per_rank,
         )
     tensors, holdings = dict(gathered.tensors), dict(gathered.holdings)
     key_map = settle_turned(key_map, tensors, holdings)
+    own = None
+    if per_rank:
+        own = own_files(model, key_map, gathered.owner_of, world_size=world_size, max_shard_bytes=max_shard_bytes)
     layout, items = lay_out(
         key_map,
         holdings,
@@ -191,9 +199,11 @@ def _plan(
         max_shard_bytes=max_shard_bytes,
         total_parameters=total_parameters,
         world_size=world_size,
+        own=own,
     )
+    file_ranks = None if own is None else [file.rank for file in own]
     layout = replace(layout, sketch=sketch_of(tensors, holdings, key_map.keys), gathered=gathered.summary)
-    share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
+    share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id, file_ranks=file_ranks)
     return HuggingFacePlan(
         layout=layout,
         share=share,
@@ -208,6 +218,7 @@ def _plan(
         conversion=Conversion(model, hub_layout=hub_layout),
         exchanges=gathered.exchanges,
         owned=gathered.owned,
+        file_ranks=file_ranks,
     )
 
 
@@ -273,9 +284,16 @@ def lay_out(
     max_shard_bytes: int,
     total_parameters: int,
     world_size: int,
+    own: Sequence[OwnFile] | None = None,
 ) -> tuple[Layout, list[PlacedItem]]:
-    """Assign keys to files and offsets. Deterministic: equal arguments, equal result, whatever the hash seed."""
-    files, inline = file_keys(key_map.keys, max_shard_bytes, stem="model", total_parameters=total_parameters)
+    """Assign keys to files and offsets; with `own`, the files are these. Deterministic: equal arguments, equal result,
+    whatever the hash seed."""
+    if own is None:
+        files, inline = file_keys(key_map.keys, max_shard_bytes, stem="model", total_parameters=total_parameters)
+    else:
+        files = [(file.name, file.keys) for file in own]
+        size = sum(key.size_bytes for key in key_map.keys)
+        inline = (_index_of(files, total_parameters=total_parameters, total_size=size),)
     return lay_out_files(
         files,
         key_map.sources,
@@ -295,10 +313,13 @@ def file_keys(
     names = _file_names(stem, len(shards))
     if len(shards) < 2:
         return list(zip(names, shards, strict=True)), ()
-    weight_map = {key.name: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    text = _index(weight_map, total_parameters=total_parameters, total_size=block_total)
-    index = InlineFile(name="model.safetensors.index.json", content=text.encode())
-    return list(zip(names, shards, strict=True)), (index,)
+    files: list[tuple[str, Sequence[Key]]] = list(zip(names, shards, strict=True))
+    return files, (_index_of(files, total_parameters=total_parameters, total_size=block_total),)
+
+
+def _index_of(files: Sequence[tuple[str, Sequence[Key]]], **metadata: int) -> InlineFile:
+    text = _index({key.name: name for name, keys in files for key in keys}, **metadata)
+    return InlineFile(name="model.safetensors.index.json", content=text.encode())
 
 
 def lay_out_files(

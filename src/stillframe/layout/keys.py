@@ -62,6 +62,10 @@ class Key:
     dims: tuple[int, ...] | None = None
     made_of: tuple[int, ...] = ()
 
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyMap:
