@@ -27,6 +27,8 @@ from stillframe.snapshot.copy import Watched
 from stillframe.staged import KnownStages
 from stillframe.wrappers import unwrapped_module
 
+_log = logging.getLogger("stillframe")
+
 # What from_pretrained of transformers or PEFT would load weights from.
 _WEIGHTS_NAME = re.compile(r"(adapter_)?model([.-].*)?\.(safetensors|bin)(\.index\.json)?|pytorch_model.*\.bin(\..*)?")
 
@@ -86,18 +88,27 @@ class Export:
             rendered = (config, *companions)
             self._companion_files = tuple(f for c in rendered if c is not None for f in render_companion(c))
 
-    def plan(self, plan_id: int) -> HuggingFacePlan:
+    def plan(self, plan_id: int, *, may_reshuffle: bool) -> HuggingFacePlan:
+        """With `may_reshuffle`, tensors whose shards are short runs are exchanged among ranks when they are copied."""
         adapters = saved_adapters(self._model)
-        plan = self._plan_adapters(plan_id) if adapters else self._plan_model(plan_id)
+        plan = self._plan_adapters(plan_id) if adapters else self._plan_model(plan_id, may_reshuffle=may_reshuffle)
         _refuse_taken_names(plan.layout, self._companion_files)
         if self._plan is None and self._rank == 0 and plan.blocks is not None:
             _tell_of_partial_blocks(plan.blocks)
         self._plan = plan
         self._adapters = adapters
         self._watched = Watched(self._model, plan.tensors)
+        if self._rank == 0 and (done := plan.layout.reshuffled) is not None:
+            _log.info(
+                "exports exchange %d tensors of %d bytes among ranks, in buckets of %d bytes: their shards are cut "
+                "across rows",
+                done.tensors,
+                done.size_bytes,
+                done.bucket_bytes,
+            )
         return plan
 
-    def _plan_model(self, plan_id: int) -> HuggingFacePlan:
+    def _plan_model(self, plan_id: int, *, may_reshuffle: bool) -> HuggingFacePlan:
         return plan_huggingface(
             self._model,
             max_shard_bytes=self._max_shard_bytes,
@@ -109,6 +120,7 @@ class Export:
             world_size=self._world_size,
             plan_id=plan_id,
             stages=None if self._stages is None else self._stages.now(),
+            may_reshuffle=may_reshuffle,
         )
 
     def _plan_adapters(self, plan_id: int) -> HuggingFacePlan:

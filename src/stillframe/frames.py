@@ -20,7 +20,7 @@ from stillframe.layout.distcp import DistcpPlan
 from stillframe.layout.huggingface import HuggingFacePlan
 from stillframe.layout.together import as_one, plan_together, share_as_one
 from stillframe.names import CHECKPOINT_PART, EXPORT_PART
-from stillframe.records import Blocks, Copy, Envelope, Gather, InlineFile, Layout, WritePlan
+from stillframe.records import Blocks, Copy, Envelope, Gather, InlineFile, Layout, Reshuffle, WritePlan
 from stillframe.resumable import Resumable
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.copy import Snapshotter
@@ -61,6 +61,7 @@ class _Staging:
     gathers: Sequence[Gather] = ()
     compute: Compute | None = None
     exchanges: bool = False
+    reshuffles: Sequence[Reshuffle] = ()
     snapshotter: Snapshotter | None = None
 
     @property
@@ -80,6 +81,7 @@ class _Staging:
             gathers=plan.gathers if isinstance(plan, HuggingFacePlan) else (),
             compute=plan.conversion.compute if isinstance(plan, HuggingFacePlan) and plan.conversion else None,
             exchanges=isinstance(plan, HuggingFacePlan) and plan.exchanges,
+            reshuffles=share.reshuffles,
         )
 
 
@@ -238,7 +240,10 @@ class Frames:
                 del self._stagings[what]
 
     def _plan(self, what: What) -> _Staging:
-        export = self.export.plan(self._next_id()) if what != "checkpoint" and self.export is not None else None
+        export = None
+        if what != "checkpoint" and self.export is not None:
+            # A checkpoint has this rank's own boxes in the arena, and an export of the same step is written from there.
+            export = self.export.plan(self._next_id(), may_reshuffle=what == "hf")
         checkpoint = self.resumable.plan(self._next_id()) if what != "hf" else None
         if export is not None:
             shares_blocks = export.blocks is not None and export.blocks.shared_count > 0
@@ -287,6 +292,7 @@ class Frames:
                     staging.copies,
                     staging.envelopes,
                     self._arena,
+                    reshuffles=staging.reshuffles,
                     blocks=staging.blocks,
                     peers=self._peers,
                     gathers=staging.gathers,

@@ -182,12 +182,61 @@ class Envelope:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reshuffle:
+    """A tensor that some ranks exchange among themselves while they stage it, so that each has whole rows of it.
+
+    Each of `members` (global ranks, by their coordinate along dimension `mesh_dim` of the tensor's mesh) holds the same
+    `row_count` rows, and of each row the columns in `columns`: `(first, count)`, in the order of its local tensor, in
+    units of `column_elements` elements. Member j becomes the owner of the rows `owned(j)`. They travel in buckets, in
+    each at most `bucket_rows` rows of every owner. `copies` says for each bucket what of it this rank stages; their
+    `first_element` counts in the bucket's own rows, flat and whole.
+    """
+
+    tensor: str
+    mesh_dim: int
+    members: tuple[int, ...]
+    row_count: int
+    column_elements: int
+    columns: tuple[tuple[tuple[int, int], ...], ...]
+    bucket_rows: int
+    copies: tuple[tuple[Copy, ...], ...] = ()
+
+    def row_elements(self, member: int) -> int:
+        """How many elements of each row `member` holds."""
+        return sum(count for _, count in self.columns[member]) * self.column_elements
+
+    @property
+    def whole_row_elements(self) -> int:
+        return sum(self.row_elements(member) for member in range(len(self.members)))
+
+    def owned(self, member: int) -> range:
+        """The rows that `member` has after the exchange."""
+        count = len(self.members)
+        return range(self.row_count * member // count, self.row_count * (member + 1) // count)
+
+    @property
+    def bucket_count(self) -> int:
+        """The same for all members: some have nothing in the last bucket."""
+        largest = max(len(self.owned(member)) for member in range(len(self.members)))
+        return -(-largest // self.bucket_rows)
+
+    def in_bucket(self, member: int, bucket: int) -> range:
+        """The rows of `member` that are in bucket number `bucket`."""
+        return self.owned(member)[bucket * self.bucket_rows : (bucket + 1) * self.bucket_rows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankShare:
-    """Everything that one rank contributes to a layout: what its writer writes, and how its arena is filled."""
+    """Everything that one rank contributes to a layout: what its writer writes, and how its arena is filled.
+
+    `copies` are of the rank's own parts of tensors; those of `reshuffles` come to it in an exchange with other ranks,
+    which all do in this order.
+    """
 
     plan: WritePlan
     copies: tuple[Copy, ...]
     envelopes: tuple[Envelope, ...]
+    reshuffles: tuple[Reshuffle, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,14 +248,25 @@ class InlineFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reshuffled:
+    """That tensors were exchanged among ranks on their way into the files: how many, their bytes in the model, and how
+    many bytes at most a rank takes in at once (rows of tensors that are longer come one by one)."""
+
+    tensors: int
+    size_bytes: int
+    bucket_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """One checkpoint's files as every rank computes them. Equal `digest`s mean equal layouts and equal distribution.
 
     `format`: "hf", "checkpoint" (DCP) or "step" (both, in subdirectories). `inline_files` follow from the layout (the
     index); `files` hold the tensors, in a checkpoint on rank 0 those of all ranks, elsewhere its own. `total_bytes`
     counts `files` only. Of `rank_files`, rank r writes number r whole, of a size that only it knows. `held_back` names
-    the inline files without which nobody loads the directory; they are put in place last. `gathered` is None where
-    every rank writes what it holds. `sketch` tells layouts with different digests apart by tensor; it is not on disk.
+    the inline files without which nobody loads the directory; they are put in place last. `reshuffled` and `gathered`
+    are None where every rank writes what it holds. `sketch` tells layouts with different digests apart by tensor; it is
+    not on disk.
     """
 
     format: str
@@ -218,6 +278,7 @@ class Layout:
     rank_files: tuple[str, ...] = ()
     held_back: tuple[str, ...] = ()
     gathered: Gathered | None = None
+    reshuffled: Reshuffled | None = None
     sketch: Sketch | None = field(default=None, compare=False, repr=False)
 
 

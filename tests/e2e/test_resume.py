@@ -156,7 +156,10 @@ def test_on_other_numbers_of_ranks_the_data_and_the_training_go_on(tmp_path: Pat
 
 def test_a_branch_from_an_older_checkpoint_leaves_the_run_alone(tmp_path: Path, uninterrupted: dict[int, Path]) -> None:
     before = digests(uninterrupted[1])
-    branch = RUN | {"resume": {"from": str(uninterrupted[1] / "checkpoint-3")}}
+    branch = RUN | {
+        "checkpoint": SAVES | {"async_checkpoint": False},  # so that the snapshot of step 4 is there at step 5
+        "resume": {"from": str(uninterrupted[1] / "checkpoint-3")},
+    }
     train_and_kill(tmp_path, branch, HoldAt(5), ranks=1)
     train_to_the_end(tmp_path, branch, ranks=1)  # goes on from its own snapshot of step 4
     assert [event["step"] for event in events(tmp_path / "run", "resume")] == [3, 4]

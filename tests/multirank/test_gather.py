@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -43,13 +45,14 @@ def _fsdp() -> PreTrainedModel:
 
 
 def _fsdp_and_tensor_parallel() -> PreTrainedModel:
-    """Queries are cut along their columns, keys along their rows, and both again by FSDP; biases are whole."""
+    """Queries are cut along their columns, keys along their rows, and both again by FSDP; biases are whole. The output
+    layers, which no conversion computes, are cut along their columns, so that ranks exchange their rows."""
     model = _model()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
     for layer in model.model.vision_tower.layers:
-        for name, dim in (("q_proj", 1), ("k_proj", 0)):
+        for name, dim in (("q_proj", 1), ("k_proj", 0), ("proj", 1)):
             linear = getattr(layer.attn, name)
-            linear.weight = torch.nn.Parameter(distribute_tensor(linear.weight.data, mesh["tp"], [Shard(dim)]))
+            linear.weight = nn.Parameter(distribute_tensor(linear.weight.data, mesh["tp"], [Shard(dim)]))
         fully_shard(layer, mesh=mesh["fsdp"])
     return model
 
@@ -102,6 +105,7 @@ def test_computed_keys_are_those_of_the_unsharded_save(way: str, tmp_path: Path)
         found = digests(tmp_path / "run" / saved / f"hf-{step}")
         assert found.pop("stillframe.json")
         assert found == digests(tmp_path / name)
+    assert (read_manifest(tmp_path / "run" / "cast" / "hf-2").reshuffled is not None) == (way == "fsdp_tp")
     done = read_manifest(tmp_path / "run" / "cast" / "hf-3").gathered
     assert done is not None
     assert done.bucket_bytes == BUCKET_BYTES
@@ -118,7 +122,7 @@ def _save_for_the_hub(run_dir: Path, most_elements: int) -> int:
     for layer in model.model.language_model.layers:
         for name, parameter in list(layer.mlp.experts.named_parameters()):
             placed = distribute_tensor(parameter.data, mesh, [Shard(1 if name.startswith("gate") else 2)])
-            setattr(layer.mlp.experts, name, torch.nn.Parameter(placed))
+            setattr(layer.mlp.experts, name, nn.Parameter(placed))
     with stillframe.Checkpointer(run_dir, model=model, layout="hub") as ckpt:
         ckpt.save_hf(1)
         ckpt.save_both(2)
@@ -142,19 +146,36 @@ def test_transposes_that_shards_cut_are_made_by_one_rank_where_they_are_too_larg
     assert all("mlp.experts" in key for key in done.keys)
 
 
-def _fail_early(run_dir: Path) -> tuple[str, str]:
-    """A rank whose snapshot fails before it comes to the others, which wait for it; then one that does not come."""
-    with stillframe.Checkpointer(run_dir, model=_fsdp(), save_timeout_s=10.0) as ckpt:
+def _of_rows() -> nn.Module:
+    """Cut along its columns: ranks exchange rows."""
+    module = nn.Module()
+    mesh = init_device_mesh("cpu", (2,))
+    module.matrix = nn.Parameter(distribute_tensor(torch.arange(64.0).view(8, 8), mesh, [Shard(1)]))
+    return module
+
+
+EXCHANGING: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "gathered": (_fsdp, {}),
+    "reshuffled": (_of_rows, {"key_mapping": {}}),
+}
+
+
+def _fail_early(run_dir: Path, how: str) -> str:
+    """A rank whose snapshot fails before it comes to the others, which wait for it."""
+    make, options = EXCHANGING[how]
+    with stillframe.Checkpointer(run_dir, model=make(), **options) as ckpt:
         with pytest.raises(SaveFailed) as failed:
             ckpt.save_hf(1, metrics={"loss": "high"} if dist.get_rank() == 0 else None)
-        ckpt.save_hf(2)
-    return str(failed.value), str(dist.get_rank())
+        manifest = read_manifest(ckpt.save_hf(2))
+        assert getattr(manifest, how) is not None
+    return str(failed.value)
 
 
-def test_a_rank_that_fails_before_keeps_nobody_waiting(tmp_path: Path) -> None:
-    first, second = run_ranks(2, _fail_early, tmp_path)
-    assert "metrics: 'loss' must be a number" in first[0]
-    assert "rank 0 failed in its snapshot" in second[0] or "metrics" in second[0]
+@pytest.mark.parametrize("how", EXCHANGING)
+def test_a_rank_that_fails_before_keeps_nobody_waiting(how: str, tmp_path: Path) -> None:
+    first, second = run_ranks(2, _fail_early, tmp_path, how)
+    assert "metrics: 'loss' must be a number" in first
+    assert "rank 0 failed in its snapshot" in second or "metrics" in second
     assert not (tmp_path / "hf-1").exists()
     assert (tmp_path / "hf-2").is_dir()
 

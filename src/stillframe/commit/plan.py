@@ -16,7 +16,7 @@ from awscrt.checksums import crc64nvme
 from stillframe import names
 from stillframe.fields import array, crc64, flag, integer, required, table, text
 from stillframe.manifest import FileEntry, decode_metrics, finite_metrics
-from stillframe.records import FileLayout, Gathered, InlineFile, Item, Layout
+from stillframe.records import FileLayout, Gathered, InlineFile, Item, Layout, Reshuffled
 
 FORMAT = "stillframe-plan/1"
 
@@ -106,6 +106,7 @@ def _layout_to_object(layout: Layout) -> dict[str, Any]:
         "rank_files": layout.rank_files,
         "held_back": layout.held_back,
         "gathered": None if layout.gathered is None else asdict(layout.gathered),
+        "reshuffled": None if layout.reshuffled is None else asdict(layout.reshuffled),
         "files": [
             {
                 "name": file.name,
@@ -161,6 +162,15 @@ def _layout_from_object(data: dict[str, Any]) -> Layout:
         rank_files=rank_files,
         held_back=_names(data, "held_back"),
         gathered=None if data.get("gathered") is None else _gathered_from_object(table(data, "gathered")),
+        reshuffled=None if data.get("reshuffled") is None else _reshuffled_from_object(table(data, "reshuffled")),
+    )
+
+
+def _reshuffled_from_object(data: dict[str, Any]) -> Reshuffled:
+    return Reshuffled(
+        tensors=integer(data, "tensors"),
+        size_bytes=integer(data, "size_bytes"),
+        bucket_bytes=integer(data, "bucket_bytes"),
     )
 
 

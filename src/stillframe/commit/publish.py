@@ -128,6 +128,7 @@ class Publication:
                 branch=plan.branch,
                 metrics=dict(plan.metrics),
                 gathered=plan.layout.gathered,
+                reshuffled=plan.layout.reshuffled,
             )
         )
         self._hidden.publish(plan.attempt, overwrite=plan.overwrite)

@@ -172,6 +172,8 @@ class _Planner:
 
     def _pieces(self, name: str, owner: int, place: int) -> list[Piece]:
         """What the owner gets of a tensor, and has itself, or what this rank sends it."""
+        if not self.tensors[name].numel():
+            return []  # nothing to send, whatever shapes of nothing ranks have
         spread = self._held.spread(
             name, self.tensors[name], rank_0_only=name in self._buffers, everybody=self._rank == owner
         )

@@ -28,6 +28,7 @@ from stillframe.layout.per_rank import OwnFile, own_files
 from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.quantizing import held_blocks, quantize_keys
 from stillframe.layout.renaming import KeyMapping
+from stillframe.layout.reshuffle import ReshufflePlan, plan_reshuffles, share_with_reshuffles
 from stillframe.layout.shares import PlacedItem, rank_share
 from stillframe.layout.stages import Stages, in_whole_model
 from stillframe.layout.turned import settle_turned
@@ -102,12 +103,14 @@ def plan_huggingface(
     hub_layout: bool = False,
     stages: Stages | None = None,
     per_rank: bool = False,
+    may_reshuffle: bool = False,
 ) -> HuggingFacePlan:
     """Lay `model` out as a Hugging Face directory and find this rank's share. No communication, no data is read.
 
     `cast` None saves every tensor in the dtype that it has. `key_mapping` renames keys after Transformers' conversions.
     `hub_layout` gives weights the orientation that they have on the Hub, where Transformers saves another one.
     `stages`: the whole model, where this rank's is one stage of it. With `per_rank` each rank has files of its own.
+    With `may_reshuffle` the snapshot exchanges tensors among ranks whose shards would be short runs (`reshuffle`).
 
     Raises LayoutError (UnsupportedModel, UnsupportedPlacement, CoverageError) naming the model or tensor.
     """
@@ -124,6 +127,7 @@ def plan_huggingface(
             hub_layout=hub_layout,
             stages=stages,
             per_rank=per_rank,
+            may_reshuffle=may_reshuffle,
         )
 
 
@@ -152,6 +156,7 @@ def _plan(
     hub_layout: bool,
     stages: Stages | None,
     per_rank: bool,
+    may_reshuffle: bool,
 ) -> HuggingFacePlan:
     tensors = runtime_tensors(model)
     parameters = {id(p): p.numel() for p in model.parameters()}
@@ -174,7 +179,9 @@ def _plan(
     if stages is not None:
         _refuse_computed(key_map)
     held = Holdings(rank=rank, world_size=world_size, stages=stages)
-    holdings = {name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()}
+    holdings: Mapping[str, Holding] = {
+        name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()
+    }
     gathered = GatherPlan.of_none(tensors, holdings)
     if stages is None:
         gathered = plan_gathers(
@@ -187,8 +194,11 @@ def _plan(
             buffers=frozenset(name for name, tensor in tensors.items() if id(tensor) not in parameters),
             every_key=per_rank,
         )
-    tensors, holdings = dict(gathered.tensors), dict(gathered.holdings)
-    key_map = settle_turned(key_map, tensors, holdings)
+    tensors, holdings = dict(gathered.tensors), gathered.holdings
+    exchanged = ReshufflePlan.of_none(holdings)
+    if may_reshuffle and stages is None:
+        exchanged = plan_reshuffles(key_map, tensors, holdings, held, leave=gathered.owned)
+    key_map, holdings = settle_turned(key_map, tensors, holdings), exchanged.holdings
     own = None
     if per_rank:
         own = own_files(model, key_map, gathered.owner_of, world_size=world_size, max_shard_bytes=max_shard_bytes)
@@ -202,8 +212,15 @@ def _plan(
         own=own,
     )
     file_ranks = None if own is None else [file.rank for file in own]
-    layout = replace(layout, sketch=sketch_of(tensors, holdings, key_map.keys), gathered=gathered.summary)
+    layout = replace(
+        layout,
+        sketch=sketch_of(tensors, holdings, key_map.keys),
+        reshuffled=exchanged.summary,
+        gathered=gathered.summary,
+    )
     share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id, file_ranks=file_ranks)
+    if exchanged.reshuffles:
+        share = share_with_reshuffles(share, exchanged.reshuffles, tensors)
     return HuggingFacePlan(
         layout=layout,
         share=share,
@@ -216,7 +233,7 @@ def _plan(
         left_alone=left_alone,
         gathers=gathered.gathers,
         conversion=Conversion(model, hub_layout=hub_layout),
-        exchanges=gathered.exchanges,
+        exchanges=gathered.exchanges or exchanged.summary is not None,
         owned=gathered.owned,
         file_ranks=file_ranks,
     )

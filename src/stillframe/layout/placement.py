@@ -97,8 +97,8 @@ class Holdings:
         self._stages = stages
         self._any_mesh = any_mesh or stages is not None
         self._places: dict[int, MeshPlace] = {}
-        self._distributions: dict[tuple[object, ...], _Distribution] = {}
-        self._holdings: dict[_Distribution, Holding] = {}
+        self._distributions: dict[tuple[object, ...], Placed] = {}
+        self._holdings: dict[Placed, Holding] = {}
         self._spreads: dict[object, Spread] = {}
 
     def of(self, name: str, tensor: torch.Tensor, *, is_parameter: bool) -> Holding:
@@ -168,6 +168,10 @@ class Holdings:
         shards = self._distribution(name, tensor, None).shards
         return tuple(dim for dim, cuts in enumerate(shards) if any(parts > 1 for _, parts, _ in cuts))
 
+    def placed(self, name: str, tensor: DTensor) -> Placed:
+        """How `tensor` is distributed; one object for all that are distributed alike. Raises like `of`."""
+        return self._distribution(name, tensor, None)
+
     def borders(self, name: str, tensor: torch.Tensor) -> tuple[Ints, ...]:
         """For each dimension the indices, ascending, where what another rank holds begins; the same on all ranks."""
         if not isinstance(tensor, DTensor):
@@ -175,7 +179,7 @@ class Holdings:
         distribution = self._distribution(name, tensor, None)
         return tuple(borders(n, shards) for n, shards in zip(distribution.shape, distribution.shards, strict=True))
 
-    def _distribution(self, name: str, tensor: DTensor, member: Member | None) -> _Distribution:
+    def _distribution(self, name: str, tensor: DTensor, member: Member | None) -> Placed:
         mesh, placements, shape = tensor.device_mesh, tuple(tensor.placements), tuple(tensor.shape)
         holders = None if member is None else member.holders
         key = (id(mesh), placements, shape, id(holders))
@@ -193,7 +197,7 @@ class Holdings:
             )
         return distribution
 
-    def _distribution_of_others(self, name: str, member: Member | None) -> _Distribution:
+    def _distribution_of_others(self, name: str, member: Member | None) -> Placed:
         """How a tensor is distributed of which this rank holds nothing."""
         told = None if member is None else member.distribution
         assert member is not None, "without stages, every rank holds a part"
@@ -207,7 +211,7 @@ class Holdings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Distribution:
+class Placed:
     """How a tensor is distributed, proven to be exactly describable; `shards` and `local_shape` per dimension.
 
     `coordinate` is this rank's; `holders` the ranks that have the tensor at all, None where all have."""
@@ -232,7 +236,7 @@ class _Distribution:
 
     def holding(self) -> Holding:
         return Holding(
-            runs=_flat_runs(self.shape, self.along(self.coordinate)),
+            runs=flat_runs(self.shape, self.along(self.coordinate)),
             replicas=replicas_at(self.placements, self.part, self.coordinate, self.holders),
             signature=self.signature,
         )
@@ -263,7 +267,7 @@ def _distribution(
     part: MeshPart,
     coordinate: tuple[int, ...],
     holders: tuple[int, ...] | None,
-) -> _Distribution:
+) -> Placed:
     _refuse_unsupported(name, placements)
     mesh_shape = part.ranks.shape
     shards = tuple(_shards_of(dim, placements, mesh_shape) for dim in range(len(shape)))
@@ -272,7 +276,7 @@ def _distribution(
         _refuse_ambiguous(name, dim, size, shards[dim])
     per_dim = [held_along(size, shards[dim], coordinate) for dim, size in enumerate(shape)]
     local_shape = tuple(sum(length for _, length in intervals) for intervals in per_dim)
-    return _Distribution(
+    return Placed(
         shape=shape,
         placements=placements,
         part=part,
@@ -349,7 +353,7 @@ def _refuse_ambiguous(name: str, dim: int, size: int, shards: DimShards) -> None
         )
 
 
-def _flat_runs(shape: tuple[int, ...], per_dim: list[Intervals]) -> Runs:
+def flat_runs(shape: tuple[int, ...], per_dim: list[Intervals]) -> Runs:
     """The product of the intervals of all dimensions, as flat runs global -> local, ascending in the global tensor."""
     if any(not intervals for intervals in per_dim):
         return Runs.of([])

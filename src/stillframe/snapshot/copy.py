@@ -10,11 +10,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from stillframe.records import Blocks, Copy, Envelope, Gather, QuantizedCopy, ScalesCopy
+from stillframe.records import Blocks, Copy, Envelope, Gather, QuantizedCopy, Reshuffle, ScalesCopy
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.gather import Compute, Gatherer
 from stillframe.snapshot.peers import Peers
 from stillframe.snapshot.quantize import Quantizer
+from stillframe.snapshot.reshuffle import Exchange
 
 
 class Snapshotter:
@@ -33,6 +34,7 @@ class Snapshotter:
         envelopes: Sequence[Envelope],
         arena: Arena,
         *,
+        reshuffles: Sequence[Reshuffle] = (),
         blocks: Blocks | None = None,
         peers: Peers | None = None,
         gathers: Sequence[Gather] = (),
@@ -43,27 +45,35 @@ class Snapshotter:
         self._arena = arena
         self._quantizer = None if blocks is None else Quantizer(copies, blocks, arena, peers)
         copies = [copy for copy in copies if not isinstance(copy, QuantizedCopy | ScalesCopy)]
-        arriving = {name for gather in gathers for name in (*gather.tensors, *gather.computed)}
-        self._arriving = _by_tensor(copy for copy in copies if copy.tensor in arriving)
-        copies = [copy for copy in copies if copy.tensor not in arriving]
+        gathered = {name for gather in gathers for name in (*gather.tensors, *gather.computed)}
+        self._gathered = _by_tensor(copy for copy in copies if copy.tensor in gathered)
+        copies = [copy for copy in copies if copy.tensor not in gathered]
         self._copies = [copy for copy in copies if copy.dims is None]
         self._turned = [copy for copy in copies if copy.dims is not None]
-        used = {copy.tensor for copy in copies} | (self._quantizer.tensors if self._quantizer is not None else set())
+        self._reshuffles = reshuffles
+        used = {copy.tensor for copy in copies} | {reshuffle.tensor for reshuffle in reshuffles}
+        if self._quantizer is not None:
+            used |= self._quantizer.tensors
         self._tensors = {name: tensor for name, tensor in tensors.items() if name in used}
         self._targets = [_target(arena, copy, self._tensors[copy.tensor].dtype) for copy in self._copies]
         self._turned_targets = [_target(arena, copy, self._tensors[copy.tensor].dtype) for copy in self._turned]
+        self._arriving_targets = [
+            [[_target(arena, copy, self._tensors[copy.tensor].dtype) for copy in bucket] for bucket in reshuffle.copies]
+            for reshuffle in reshuffles
+        ]
         self._envelopes = envelopes
         self._meets = meets
         self._peers = peers
-        exchanged = arriving | {piece.tensor for gather in gathers for piece in gather.pieces}
+        exchanged = gathered | {piece.tensor for gather in gathers for piece in gather.pieces}
         self._exchanged = {name: tensor for name, tensor in tensors.items() if name in exchanged}
         self._gatherer = Gatherer(gathers, self._exchanged, compute, peers, bucket_bytes=bucket_bytes)
         targets = (
             *self._targets,
             *self._turned_targets,
+            *(target for buckets in self._arriving_targets for bucket in buckets for target in bucket),
             *(
                 _target(arena, copy, self._exchanged[n].dtype)
-                for n, copies in self._arriving.items()
+                for n, copies in self._gathered.items()
                 for copy in copies
             ),
         )
@@ -80,8 +90,9 @@ class Snapshotter:
     def copy(self) -> None:
         """Copy this rank's share of the tensors into the arena; when it returns, the tensors may change again.
 
-        Blocks for the copy; where blocks of fp8 are shared, or tensors gathered, until all ranks take theirs. Ordered
-        after all work queued on the current stream of the tensors' device.
+        Blocks for the copy; where blocks of fp8 are shared, or tensors reshuffled or gathered, until all ranks take
+        theirs, and raises where one does not come. Ordered after all work queued on the current stream of the tensors'
+        device. The process groups that reshuffled tensors are sharded over must be free.
         """
         straight = {copy.tensor for copy in self._copies}
         if self._quantizer is not None:
@@ -94,15 +105,24 @@ class Snapshotter:
         for copy, target in zip(self._turned, self._turned_targets, strict=True):
             assert copy.dims is not None, "what is turned has an order of dimensions"
             self._copy_turned(copy, local_of(self._tensors[copy.tensor]).detach().permute(copy.dims), target)
-        self._copy_arriving()
-
-    def _copy_arriving(self) -> None:
-        """What comes from other ranks, last: a rank whose own copies fail can still say so."""
         if self._meets and self._peers is not None and not self._peers.was_met:
+            # Last of all that may fail here alone, for whoever is absent must say so before others wait for its part.
             self._peers.meet(0, "tensors")
+        self._copy_reshuffled()
+        self._copy_gathered()
+
+    def _copy_reshuffled(self) -> None:
+        exchange = Exchange(self._reshuffles, self._tensors)
+        for reshuffle, targets_of in zip(self._reshuffles, self._arriving_targets, strict=True):
+            buckets = exchange.buckets(reshuffle, self._tensors[reshuffle.tensor])
+            for rows, copies, targets in zip(buckets, reshuffle.copies, targets_of, strict=True):
+                if targets:  # none where another replica stages them
+                    torch._foreach_copy_(targets, [_origin(rows, copy) for copy in copies])
+
+    def _copy_gathered(self) -> None:
         for values in self._gatherer.arrivals():
             for name, value in values.items():
-                for copy in self._arriving.get(name, ()):
+                for copy in self._gathered.get(name, ()):
                     target = _target(self._arena, copy, value.dtype)
                     if copy.dims is not None:
                         self._copy_turned(copy, value.permute(copy.dims), target)

@@ -60,7 +60,7 @@ class Gatherer:
         coming = {piece.tensor for piece in gather.pieces}
         for name in gather.tensors:
             tensor = self._tensors[name]
-            if name in coming:
+            if name in coming or not tensor.numel():
                 whole[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             else:
                 whole[name] = _local(tensor).cpu()

@@ -122,6 +122,9 @@ class CheckpointConfig:
     With `async_checkpoint = false` training waits for each. With `publish_together` an export and a checkpoint of one
     step appear as one, `step-<step>/`. `save_frozen = false` leaves out parameters that are not trained. `on_failure`
     and `max_failures` are as for exports; the two are counted apart.
+
+    With `preemption`, SIGTERM or SIGUSR1 on any rank makes the next step boundary the last one: a snapshot is saved if
+    the run has any, else a checkpoint if it has, and the training ends, within `preemption_budget_s` of the signal.
     """
 
     checkpoint_interval: int | None = key(rules.integer(at_least=1, or_minus_one=True), None)
@@ -130,6 +133,8 @@ class CheckpointConfig:
     async_checkpoint: bool = key(rules.boolean, True)
     publish_together: bool = key(rules.boolean, False)
     save_frozen: bool = key(rules.boolean, True)
+    preemption: bool = key(rules.boolean, True)
+    preemption_budget_s: float = key(rules.number(above=0, at_most=86400), 25.0)
     on_failure: Literal["raise", "abort", "continue"] = key(rules.one_of("raise", "abort", "continue"), "raise")
     max_failures: int = key(rules.integer(at_least=1), 3)
 

@@ -22,6 +22,7 @@ from stillframe.train.data import IGNORED, Batch, PackedBatches
 from stillframe.train.documents import read_corpus
 from stillframe.train.hooks import Hook, load_hooks
 from stillframe.train.parallel import Ranks
+from stillframe.train.preemption import Preemption
 from stillframe.train.progress import Progress, StepMetrics
 from stillframe.train.saves import Saves
 from stillframe.train.state import TrainState
@@ -133,22 +134,39 @@ class Trainer:
                     saves.launch(("hf",), self.step, self.epoch, {})
                 if self.step >= self.total_steps:
                     progress.say(f"step {self.step} of {self.total_steps}: nothing is left to train")
-                self._take_steps(saves, progress)
-                saves.deliver_all(self.step)
+                checkpoint = self.config.checkpoint
+                preemption = Preemption(
+                    enabled=checkpoint.preemption and saves.at_preemption is not None,
+                    budget_s=checkpoint.preemption_budget_s,
+                    progress=saves.in_flight,
+                )
+                with preemption:
+                    self._take_steps(saves, progress, preemption)
+                    saves.deliver_all(self.step)
+                if self.step < self.total_steps:
+                    progress.say(
+                        f"preempted after step {self.step} of {self.total_steps}; the same command goes on from there"
+                    )
 
-    def _take_steps(self, saves: Saves, progress: Progress) -> None:
+    def _take_steps(self, saves: Saves, progress: Progress, preemption: Preemption) -> None:
+        """All steps that are left, or as many as there is time for."""
         self._started_s = time.perf_counter()
         log = _Window(self)
         first_step = self.step + 1
         for step in range(first_step, self.total_steps + 1):
             self.checkpointer.check()
             batches = self.data.batches()
-            # One small reduction serves two questions: how to scale the loss, and whether every rank knows of a
-            # publication, so that its hooks run at the same step on all of them.
+            # One small reduction serves three questions: how to scale the loss, whether every rank knows of a
+            # publication, so that its hooks run at the same step on all of them, and whether any is being preempted.
             own_label_tokens = sum(batch.label_tokens for batch in batches)
-            label_tokens, settled = self.ranks.sum(own_label_tokens, saves.is_settled())
+            label_tokens, settled, preempted = self.ranks.sum(
+                own_label_tokens, saves.is_settled(), preemption.received is not None
+            )
             if settled == self.ranks.world_size:
                 saves.deliver(step - 1)
+            if preempted:
+                self._save_before_preemption(saves, is_saved=step == first_step)
+                return
             saving = saves.in_flight()
             started_s = time.perf_counter()
             loss, grad_norm = self.train_step(step, batches, label_tokens)
@@ -162,6 +180,13 @@ class Trainer:
                 saves.prepare()  # now that the optimizer has its state
             if kinds := saves.due(step):
                 saves.launch(kinds, step, self.epoch, self.state().as_record())
+
+    def _save_before_preemption(self, saves: Saves, *, is_saved: bool) -> None:
+        """`is_saved`: no step was taken since the run began, or was resumed."""
+        kind = saves.at_preemption
+        assert kind is not None, "a run that saves nothing to go on from is not preempted"
+        if not is_saved and not {"checkpoint", "snapshot"} & {*saves.due(self.step)}:
+            saves.launch((kind,), self.step, self.epoch, self.state().as_record())
 
     def _count(self, step: int) -> None:
         """`step` is taken."""

@@ -66,6 +66,14 @@ class Saves:
             kinds.append("hf")
         return tuple(kinds)
 
+    @property
+    def at_preemption(self) -> Kind | None:
+        """What is saved when the job is preempted; None if it saves nothing to go on from."""
+        checkpoint = self._config.checkpoint
+        if checkpoint.snapshot_interval is not None:
+            return "snapshot"
+        return "checkpoint" if checkpoint.checkpoint_interval is not None else None
+
     def launch(self, kinds: Sequence[Kind], step: int, epoch: int, train_state: Mapping[str, Any]) -> None:
         """Save the state as it is now, once for each of `kinds`.
 

@@ -5,7 +5,8 @@ thread talks to the trainer and beats a heartbeat; the writing runs in other thr
 
 It ends when the trainer closes the connection or dies. A write in hand is finished first, with its receipt left in the
 directory, so that a crash of the trainer does not cost the checkpoint. SIGTERM stops it between two blocks instead,
-without a receipt. SIGINT is ignored: a Ctrl-C means the trainer, and reaches the whole terminal.
+without a receipt. SIGINT and SIGUSR1 are ignored: they mean the trainer. A Ctrl-C reaches the whole terminal, and what
+announces a preemption in SLURM all processes of a step.
 
     from the trainer                       answers
     plan {plan}, with the arena's memfd    planned {}, or refused {reason}
@@ -233,7 +234,8 @@ def main(arguments: list[str]) -> None:
     if os.getppid() != trainer_pid:
         return  # the trainer ended while we started, and its pid may be another process's by now
     writer = _Writer(Connection(sock, trainer_pidfd))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for meant_for_the_trainer in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(meant_for_the_trainer, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, writer.stop)
     if not writer.run():
         # Die of the signal, so that whoever waits for this process sees why it ended.

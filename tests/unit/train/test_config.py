@@ -66,6 +66,8 @@ KEYS: list[tuple[str, object, list[object]]] = [
     ("checkpoint.save_frozen", False, ["no", 0]),
     ("checkpoint.on_failure", "continue", ["ignore", 1]),
     ("checkpoint.max_failures", 1, [0, "3"]),
+    ("checkpoint.preemption", False, [0, "no"]),
+    ("checkpoint.preemption_budget_s", 280, [0, -1, float("inf"), "25"]),
     ("export.on_failure", "abort", ["", None]),
     ("export.max_failures", 10, [0, True]),
     ("resume.auto", False, ["no", 0]),

@@ -304,8 +304,11 @@ def test_the_process_finds_the_same_package_but_its_backports_hide_nothing(monke
     assert _environment(Path("/lib/site-packages"), ["/lib/site-packages"])["PYTHONPATH"] == "/mine"
 
 
-def test_an_interrupt_means_the_trainer(client: WriterClient, tmp_path: Path) -> None:
-    os.kill(client.pid, signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_an_interrupt_or_a_preemption_means_the_trainer(
+    client: WriterClient, tmp_path: Path, number: signal.Signals
+) -> None:
+    os.kill(client.pid, number)
     check_save(client, set_plan(client, CONTENTS), CONTENTS, tmp_path / "attempt")
 
 

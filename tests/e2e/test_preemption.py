@@ -1,0 +1,122 @@
+"""A job that is told to end saves at the next boundary between steps, on all ranks alike, and goes on bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from stillframe.testing import RankFailed, Ranks
+from stillframe.train.hooks import Hook
+from stillframe.train.loop import train
+from stillframe.train.preemption import OUT_OF_TIME_STATUS, SIGNALS
+from tests.e2e.training import DROPOUT, Sections, digests, events, losses, train_to_the_end
+from tests.unit.train import material
+
+STEPS = 6
+
+
+def sections(**checkpoint: object) -> Sections:
+    return {
+        "model": {"config": DROPOUT},
+        "training": {"total_steps": STEPS},
+        "checkpoint": {"checkpoint_interval": -1} | checkpoint,
+    }
+
+
+class SignalTo(Hook):
+    """After step `step` the ranks in `targets` get a signal, each its own of `numbers`."""
+
+    def __init__(self, step: int, targets: dict[int, signal.Signals]) -> None:
+        self._step = step
+        self._targets = targets
+
+    def after_train_step(self, step: int) -> None:
+        number = self._targets.get(self.trainer.ranks.rank)
+        if step == self._step and number is not None:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # a second one changes nothing
+
+
+def train_preempted(work_dir: Path, run: Sections, hook: Hook) -> None:
+    train(material.config(work_dir, **run), [hook])
+
+
+def names(run_dir: Path) -> set[str]:
+    return {path.name for path in run_dir.iterdir() if path.is_dir() and not path.is_symlink()}
+
+
+@pytest.mark.parametrize(
+    ("targets", "kind"),
+    [
+        ({1: signal.SIGUSR1}, "checkpoint"),
+        ({0: signal.SIGTERM, 1: signal.SIGTERM}, "snapshot"),
+    ],
+    ids=["one rank", "all ranks"],
+)
+def test_what_was_trained_is_saved_and_the_rest_is_the_same(
+    tmp_path: Path, targets: dict[int, signal.Signals], kind: str
+) -> None:
+    run = sections() if kind == "checkpoint" else sections(snapshot_interval=5)
+    with Ranks(2, train_preempted, tmp_path / "work", run, SignalTo(3, targets), timeout_s=120) as ranks:
+        ranks.join()
+    # A rank may notice its signal a step later than it came, but all save the same step, and only that.
+    (saved,) = names(tmp_path / "work/run")
+    assert saved in (f"{kind}-3", f"{kind}-4")
+    assert len(losses(tmp_path / "work/run")) == int(saved.partition("-")[2])
+    train_to_the_end(tmp_path / "work", run, ranks=2)
+    (resume,) = events(tmp_path / "work/run", "resume")
+    assert resume["step"] == int(saved.partition("-")[2])
+    train_to_the_end(tmp_path / "expected", run, ranks=2)
+    assert losses(tmp_path / "work/run") == losses(tmp_path / "expected/run")
+    last = f"hf-{STEPS}"
+    assert digests(tmp_path / "work/run" / last) == digests(tmp_path / "expected/run" / last)
+
+
+class Stuck(Hook):
+    """The training thread does not come to the next step boundary."""
+
+    def after_train_step(self, step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(60)
+            raise AssertionError("the process went on")
+
+
+def test_a_process_that_does_not_come_to_its_save_within_the_budget_ends(tmp_path: Path) -> None:
+    run = sections(checkpoint_interval=2, async_checkpoint=False, preemption_budget_s=0.5)
+    with pytest.raises(RankFailed) as raised:
+        train_alone(tmp_path, run, Stuck())
+    assert f"ended with exit code {OUT_OF_TIME_STATUS}" in str(raised.value)
+    assert "SIGTERM came 0.5 s ago, and the process ends now, without its save: no step ended" in str(raised.value)
+    assert names(tmp_path / "run") == {"checkpoint-2"}
+
+
+def train_alone(work_dir: Path, run: Sections, hook: Hook) -> None:
+    with Ranks(1, train_preempted, work_dir, run, hook, timeout_s=120) as ranks:
+        ranks.join()
+
+
+class Handled(Hook):
+    """What the signals lead to before and after."""
+
+    def __init__(self) -> None:
+        self.during: list[object] = []
+
+    def after_train_step(self, step: int) -> None:
+        self.during = [signal.getsignal(number) for number in SIGNALS]
+
+
+@pytest.mark.parametrize(("preemption", "interval"), [(False, -1), (True, None)])
+def test_handlers_are_put_back_and_left_alone_where_nothing_would_be_saved(
+    tmp_path: Path, preemption: bool, interval: int | None
+) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    hook = Handled()
+    checkpoint = {"preemption": preemption} | ({} if interval is None else {"checkpoint_interval": interval})
+    train(material.config(tmp_path, training={"total_steps": 1}, checkpoint=checkpoint), [hook])
+    assert hook.during == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
