@@ -59,11 +59,12 @@ class Checkpointer:
     """Saves a training run, asynchronously and all or nothing, into `run_dir`: exports and checkpoints to resume from.
 
     Every rank of the job makes one with the same arguments, after `fully_shard` or DDP (the constructor waits for all
-    ranks), and then calls the same saves in the same order. No call communicates through a process group, but for two
-    kinds of exports: in fp8 where ranks cut blocks, and (without a checkpoint of the same step) of tensors that are
-    sharded along a dimension behind the first into short runs. While such a call copies, on its own thread, the ranks
-    that share something exchange maxima, or rows; one that does not come leaves the others waiting for no longer than
-    the timeout of the process group. Works without torch.distributed too. A context manager: leaving it closes.
+    ranks), and then calls the same saves in the same order. No call communicates through a process group, but for
+    exports in which ranks exchange something: in fp8 where they cut blocks; (without a checkpoint of the same step) of
+    tensors that are sharded along a dimension behind the first into short runs; of keys whose conversion computes
+    values, or transposes what shards cut; and with `file_naming="per_rank"`. While such a call copies, on its own
+    thread, all ranks meet in a group of stillframe's own; one that does not come leaves the others waiting for no
+    longer than `save_timeout_s`, or in the middle of an exchange of rows the timeout of their process group. Works without torch.distributed too. A context manager: leaving it closes.
 
     Args:
         run_dir: where checkpoints appear; on a file system that all ranks share. Created if missing. What an earlier

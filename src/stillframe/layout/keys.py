@@ -370,7 +370,7 @@ class Tracer(TorchFunctionMode):
             return compose(view, self._join_table(name, storage))
         raise UnsupportedModel(
             f"{name} is not made of renames, slices and concatenations of tensors "
-            "(its conversion computes new values); stillframe does not support such a model yet"
+            "(its conversion computes new values), which stillframe does not support here"
         )
 
     def runs_of_view(self, name: str, index: int, offset: int, shape: Sequence[int], stride: Sequence[int]) -> Runs:
