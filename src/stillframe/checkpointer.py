@@ -64,7 +64,8 @@ class Checkpointer:
     tensors that are sharded along a dimension behind the first into short runs; of keys whose conversion computes
     values, or transposes what shards cut; and with `file_naming="per_rank"`. While such a call copies, on its own
     thread, all ranks meet in a group of stillframe's own; one that does not come leaves the others waiting for no
-    longer than `save_timeout_s`, or in the middle of an exchange of rows the timeout of their process group. Works without torch.distributed too. A context manager: leaving it closes.
+    longer than `save_timeout_s`, or in the middle of an exchange of rows the timeout of their process group. Works
+    without torch.distributed too. A context manager: leaving it closes.
 
     Args:
         run_dir: where checkpoints appear; on a file system that all ranks share. Created if missing. What an earlier
