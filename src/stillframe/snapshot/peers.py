@@ -79,6 +79,6 @@ class Peers:
         except RuntimeError as error:
             self._broken = str(error).partition("\n")[0]
             raise StillframeError(
-                f"this rank could not {what} within {self._timeout_s:.0f} s; did every rank call the save, and does "
+                f"this rank could not {what} within {self._timeout_s:.0f} s; did every rank call the save? Does "
                 f"each still run? {self._broken}"
             ) from error
