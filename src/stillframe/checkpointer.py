@@ -59,11 +59,13 @@ class Checkpointer:
     """Saves a training run, asynchronously and all or nothing, into `run_dir`: exports and checkpoints to resume from.
 
     Every rank of the job makes one with the same arguments, after `fully_shard` or DDP (the constructor waits for all
-    ranks), and then calls the same saves in the same order. No call communicates through a process group, but for two
-    kinds of exports: in fp8 where ranks cut blocks, and (without a checkpoint of the same step) of tensors that are
-    sharded along a dimension behind the first into short runs. While such a call copies, on its own thread, the ranks
-    that share something exchange maxima, or rows; one that does not come leaves the others waiting for no longer than
-    the timeout of the process group. Works without torch.distributed too. A context manager: leaving it closes.
+    ranks), and then calls the same saves in the same order. No call communicates through a process group, but for
+    exports in which ranks exchange something: in fp8 where they cut blocks; (without a checkpoint of the same step) of
+    tensors that are sharded along a dimension behind the first into short runs; of keys whose conversion computes
+    values, or transposes what shards cut; and with `file_naming="per_rank"`. While such a call copies, on its own
+    thread, all ranks meet in a group of stillframe's own; one that does not come leaves the others waiting for no
+    longer than `save_timeout_s`, or in the middle of an exchange of rows the timeout of their process group. Works
+    without torch.distributed too. A context manager: leaving it closes.
 
     Args:
         run_dir: where checkpoints appear; on a file system that all ranks share. Created if missing. What an earlier
@@ -106,6 +108,7 @@ class Checkpointer:
         keep_in_bf16: Sequence[str] = (),
         key_mapping: Mapping[str, str] | None = None,
         layout: str = "transformers",
+        file_naming: str = "standard",
         save_frozen: bool = True,
         pipeline: bool = False,
         publish_together: bool = False,
@@ -127,6 +130,7 @@ class Checkpointer:
             keep_in_bf16=(keep_in_bf16,) if isinstance(keep_in_bf16, str) else tuple(keep_in_bf16),
             key_mapping=key_mapping,
             layout=layout,
+            file_naming=file_naming,
             save_frozen=save_frozen,
             pipeline=pipeline,
             publish_together=publish_together,
@@ -413,6 +417,7 @@ class Checkpointer:
                 companions=companions,
                 key_mapping=None if rules is None else KeyMapping(rules=rules),
                 hub_layout=self._options.layout == "hub",
+                per_rank=self._options.file_naming == "per_rank",
                 max_shard_bytes=self._options.max_shard_bytes,
                 cast=_cast(self._options),
                 rank=rank,

@@ -49,7 +49,7 @@ class LayoutError(StillframeError):
 
 
 class UnsupportedModel(LayoutError):
-    """The model's save is not made of renames, slices and concatenations of its tensors."""
+    """The model cannot be saved, or loaded, tensor by tensor; the message names the tensor and what to do."""
 
 
 class UnsupportedPlacement(LayoutError):

@@ -55,6 +55,7 @@ class Export:
         companions: tuple[Any, ...],
         key_mapping: KeyMapping | None,
         hub_layout: bool,
+        per_rank: bool,
         max_shard_bytes: int,
         cast: Cast | None,
         rank: int,
@@ -68,6 +69,7 @@ class Export:
         self._model = model
         self._key_mapping = key_mapping
         self._hub_layout = hub_layout
+        self._per_rank = per_rank
         self._max_shard_bytes = max_shard_bytes
         self._cast = cast
         self._rank = rank
@@ -113,6 +115,7 @@ class Export:
             cast=self._cast,
             key_mapping=self._key_mapping,
             hub_layout=self._hub_layout,
+            per_rank=self._per_rank,
             rank=self._rank,
             world_size=self._world_size,
             plan_id=plan_id,
@@ -126,6 +129,10 @@ class Export:
         if self._key_mapping is not None:
             raise OptionError(
                 "key_mapping has no place in the export of adapters, whose keys PEFT looks for; leave it out"
+            )
+        if self._per_rank:
+            raise OptionError(
+                "file_naming='per_rank' has no place in the export of adapters, whose file PEFT looks for; leave it out"
             )
         if self._hub_layout:
             raise OptionError("layout='hub' has no place in the export of adapters, which have one; leave it out")

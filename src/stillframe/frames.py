@@ -20,11 +20,12 @@ from stillframe.layout.distcp import DistcpPlan
 from stillframe.layout.huggingface import HuggingFacePlan
 from stillframe.layout.together import as_one, plan_together, share_as_one
 from stillframe.names import CHECKPOINT_PART, EXPORT_PART
-from stillframe.records import Blocks, Copy, Envelope, InlineFile, Layout, Reshuffle, WritePlan
+from stillframe.records import Blocks, Copy, Envelope, Gather, InlineFile, Layout, Reshuffle, WritePlan
 from stillframe.resumable import Resumable
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.copy import Snapshotter
-from stillframe.snapshot.maxima import SharedMaxima
+from stillframe.snapshot.gather import Compute
+from stillframe.snapshot.peers import Peers
 from stillframe.writer.client import WriterClient
 
 _log = logging.getLogger("stillframe")
@@ -57,8 +58,15 @@ class _Staging:
     envelopes: Sequence[Envelope]
     tensors: Mapping[str, torch.Tensor]
     blocks: Blocks | None
+    gathers: Sequence[Gather] = ()
+    compute: Compute | None = None
+    exchanges: bool = False
     reshuffles: Sequence[Reshuffle] = ()
     snapshotter: Snapshotter | None = None
+
+    @property
+    def bucket_bytes(self) -> int:
+        return max((layout.gathered.bucket_bytes for layout in self.layouts if layout.gathered is not None), default=0)
 
     @staticmethod
     def of_one(plan: HuggingFacePlan | DistcpPlan) -> _Staging:
@@ -70,6 +78,9 @@ class _Staging:
             envelopes=share.envelopes,
             tensors=plan.tensors,
             blocks=plan.blocks if isinstance(plan, HuggingFacePlan) else None,
+            gathers=plan.gathers if isinstance(plan, HuggingFacePlan) else (),
+            compute=plan.conversion.compute if isinstance(plan, HuggingFacePlan) and plan.conversion else None,
+            exchanges=isinstance(plan, HuggingFacePlan) and plan.exchanges,
             reshuffles=share.reshuffles,
         )
 
@@ -96,8 +107,8 @@ class Frames:
         self._current: _Staging | None = None
         self._arena: Arena | None = None
         self._writer: WriterClient | None = None
-        self._shared_maxima = SharedMaxima(timeout_s)
-        self._shares_blocks = False
+        self._peers = Peers(timeout_s)
+        self._is_met = False
         try:
             what: What = "hf" if export is not None else "checkpoint"
             self._meet(what)
@@ -123,12 +134,12 @@ class Frames:
 
         Those that wait for this rank, if the frame is one that all must take together, are told.
         """
-        if what != "checkpoint" and self._shares_blocks and not self._shared_maxima.was_met:
+        if what != "checkpoint" and self._is_met and not self._peers.was_met:
             try:
-                self._shared_maxima.absent()
+                self._peers.absent()
             except StillframeError as error:
                 _log.error("%s", error)
-        self._shared_maxima.was_met = False
+        self._peers.was_met = False
         formats = {"both": ("checkpoint", "hf")}.get(what, (what,))
         return tuple(
             Part(
@@ -179,7 +190,7 @@ class Frames:
     def take(self, what: What, *, train_state: bytes) -> tuple[Part, ...]:
         """Copy this rank's share into the arena; when it returns, the tensors may change again.
 
-        Blocks for the copy; of an export in fp8 whose blocks are cut between ranks, until all ranks take theirs. Of
+        Blocks for the copy; of an export that ranks must exchange something for, until all take theirs. Of
         "both", the checkpoint comes first.
         """
         self.prepare(what)
@@ -189,7 +200,7 @@ class Frames:
             staging.snapshotter.lay_envelopes()
             self._current = staging
         staging.snapshotter.copy()
-        self._shared_maxima.was_met = False
+        self._peers.was_met = False
         files = self._files(what, train_state)
         return tuple(
             Part(
@@ -207,7 +218,7 @@ class Frames:
             if self._writer is not None:
                 self._writer.close()
         finally:
-            self._shared_maxima.close()
+            self._peers.close()
             self._stagings.clear()
             self._free_arena()
 
@@ -235,7 +246,8 @@ class Frames:
             export = self.export.plan(self._next_id(), may_reshuffle=what == "hf")
         checkpoint = self.resumable.plan(self._next_id()) if what != "hf" else None
         if export is not None:
-            self._shares_blocks = export.blocks is not None and export.blocks.shared_count > 0
+            shares_blocks = export.blocks is not None and export.blocks.shared_count > 0
+            self._is_met = shares_blocks or export.exchanges
         if export is None or checkpoint is None:
             alone = export or checkpoint
             assert alone is not None, "everything is one or both"
@@ -253,6 +265,9 @@ class Frames:
             envelopes=joint.envelopes,
             tensors=joint.tensors,
             blocks=joint.blocks,
+            gathers=joint.gathers,
+            compute=joint.compute,
+            exchanges=export.exchanges,
         )
 
     def _next_id(self) -> int:
@@ -279,7 +294,11 @@ class Frames:
                     self._arena,
                     reshuffles=staging.reshuffles,
                     blocks=staging.blocks,
-                    shared_maxima=self._shared_maxima,
+                    peers=self._peers,
+                    gathers=staging.gathers,
+                    compute=staging.compute,
+                    bucket_bytes=staging.bucket_bytes,
+                    meets=staging.exchanges,
                 )
 
     def _write_plans(self) -> list[WritePlan]:

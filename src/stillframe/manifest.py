@@ -17,7 +17,7 @@ from typing import Any
 
 from stillframe.errors import CorruptCheckpoint, LoadError, NotACheckpoint
 from stillframe.names import MANIFEST_NAME
-from stillframe.records import Reshuffled
+from stillframe.records import Gathered, Reshuffled
 
 FORMAT = "stillframe-manifest/1"
 
@@ -51,8 +51,9 @@ class Manifest:
     largest rank's bytes divided by the mean. `published_at` is UTC, ISO 8601. `git_commit` is that of the working
     directory of rank 0 when the Checkpointer was made, with "-dirty" appended where it had changes; None outside a
     repository. `branch` names the branch of the run, "" where there is only one; `metrics` are what the caller gave at
-    the save, NaN where a number was not finite. `reshuffled` says that ranks exchanged tensors on the way, None
-    that each wrote what it held. Manifests from before there were these three have none of them.
+    the save, NaN where a number was not finite. `reshuffled` says that ranks exchanged tensors on the way, and
+    `gathered` which keys one rank made of what several held; None that there are none. Manifests from before there were
+    these four have none of them.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Manifest:
     tensors: dict[str, TensorEntry]
     branch: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+    gathered: Gathered | None = None
     reshuffled: Reshuffled | None = None
 
     @property
@@ -131,6 +133,7 @@ def decode_manifest(content: bytes, path: Path) -> Manifest:
             },
             branch=_typed(fields, "branch", str) if "branch" in fields else "",
             metrics=decode_metrics(_typed(fields, "metrics", dict)) if "metrics" in fields else {},
+            gathered=None if fields.get("gathered") is None else _gathered(_typed(fields, "gathered", dict)),
             reshuffled=None if fields.get("reshuffled") is None else _reshuffled(_typed(fields, "reshuffled", dict)),
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -157,6 +160,13 @@ def _count(fields: Any, name: str) -> int:
     if value < 0:
         raise ValueError(f"{name} is {value}")
     return value
+
+
+def _gathered(fields: Any) -> Gathered:
+    keys = _typed(fields, "keys", list)
+    if not all(isinstance(key, str) for key in keys):
+        raise TypeError(f"gathered keys are {keys!r:.60}")
+    return Gathered(keys=tuple(keys), bucket_bytes=_count(fields, "bucket_bytes"))
 
 
 def _reshuffled(fields: Any) -> Reshuffled:

@@ -42,6 +42,9 @@ class CheckpointerOptions:
     layout: "transformers" writes the files that `save_pretrained` writes; "hub" gives weights the orientation that they
         have in the model's checkpoints on the Hub, and that serving engines expect, where transformers saves another
         one (the experts of Qwen3-VL-MoE). Refused for models without such weights.
+    file_naming: "standard" names the weights files of exports as transformers does; several ranks write parts of one.
+        With "per_rank" each rank has files of its own, `<prefix>-<4 digits>-save_rank<r>.safetensors`, for file systems
+        on which many clients must not write one file. A tensor that no rank holds whole then travels to one of them.
     hf_export: whether exports are planned at all. False: none can be saved, and any nn.Module can be checkpointed.
     hf_max_keep: how many exports are kept, the newest by publication; None and -1 keep all.
     keep_hf: a rule for the same, instead of a number: see `stillframe.policies`.
@@ -69,6 +72,7 @@ class CheckpointerOptions:
     keep_in_bf16: tuple[str, ...] = ()
     key_mapping: Mapping[str, str] | None = None
     layout: str = "transformers"
+    file_naming: str = "standard"
     hf_export: bool = True
     hf_max_keep: int | None = None
     keep_hf: RetentionPolicy | None = None
@@ -104,6 +108,12 @@ class CheckpointerOptions:
             raise OptionError(f"layout must be 'transformers' or 'hub', not {self.layout!r}")
         if self.layout == "hub" and self.hf_export is False:
             raise OptionError("layout='hub' has no effect with hf_export=False: it is one of exports")
+        if self.file_naming not in ("standard", "per_rank"):
+            raise OptionError(f"file_naming must be 'standard' or 'per_rank', not {self.file_naming!r}")
+        if self.file_naming == "per_rank" and self.hf_export is False:
+            raise OptionError("file_naming='per_rank' has no effect with hf_export=False: it names files of exports")
+        if self.file_naming == "per_rank" and (self.pipeline or self.save_dtype == "fp8"):
+            raise OptionError("file_naming='per_rank' goes neither with pipeline=True nor with save_dtype='fp8' yet")
         if self.pipeline and (self.save_dtype == "fp8" or self.layout == "hub"):
             raise OptionError("pipeline=True goes neither with save_dtype='fp8' nor with layout='hub' yet")
         for name in ("hf_export", "pipeline", "publish_together", "save_frozen"):

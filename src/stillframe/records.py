@@ -139,6 +139,41 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A box of a tensor that the rank `sender` has, for another: where it begins in the whole tensor and in the part
+    that the sender holds, and its size along each dimension."""
+
+    tensor: str
+    sender: int
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    local_offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gather:
+    """Tensors that come to one rank, their `owner`, while they are staged; there each is whole for a moment.
+
+    On the owner `pieces` are what it gets and what it has itself, in the order in which they come; on another rank what
+    that one sends. `tensors` are those that come together so; `computed` names what a conversion makes of them there,
+    which is copied like a tensor of that name. Both are empty on other ranks.
+    """
+
+    owner: int
+    pieces: tuple[Piece, ...]
+    tensors: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """The keys whose bytes came to one rank before they were written, and how much of them travels at once."""
+
+    keys: tuple[str, ...]
+    bucket_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
     """Bytes known from the layout alone (a safetensors header), put into the arena once."""
 
@@ -229,8 +264,9 @@ class Layout:
     `format`: "hf", "checkpoint" (DCP) or "step" (both, in subdirectories). `inline_files` follow from the layout (the
     index); `files` hold the tensors, in a checkpoint on rank 0 those of all ranks, elsewhere its own. `total_bytes`
     counts `files` only. Of `rank_files`, rank r writes number r whole, of a size that only it knows. `held_back` names
-    the inline files without which nobody loads the directory; they are put in place last. `reshuffled` is None where
-    every rank writes what it holds. `sketch` tells layouts with different digests apart by tensor; it is not on disk.
+    the inline files without which nobody loads the directory; they are put in place last. `reshuffled` and `gathered`
+    are None where every rank writes what it holds. `sketch` tells layouts with different digests apart by tensor; it is
+    not on disk.
     """
 
     format: str
@@ -241,6 +277,7 @@ class Layout:
     digest: str
     rank_files: tuple[str, ...] = ()
     held_back: tuple[str, ...] = ()
+    gathered: Gathered | None = None
     reshuffled: Reshuffled | None = None
     sketch: Sketch | None = field(default=None, compare=False, repr=False)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from stillframe.errors import UnsupportedModel
@@ -60,6 +61,22 @@ def without_wrappers(model: nn.Module) -> Iterator[None]:
     finally:
         for modules, name, child in replaced:
             modules[name] = child
+
+
+@contextmanager
+def unsharded_classes(model: nn.Module) -> Iterator[None]:
+    """Give modules the classes they had before `fully_shard`, which renames them (`FSDPLlamaModel`).
+
+    Transformers looks conversions up by class name, and the reference is the save of the unsharded model.
+    """
+    sharded = [(m, type(m)) for m in model.modules() if isinstance(m, FSDPModule)]
+    try:
+        for module, cls in sharded:
+            module.__class__ = cls.__mro__[2]  # (FSDPX, FSDPModule, X, ...): see torch's fully_shard
+        yield
+    finally:
+        for module, cls in sharded:
+            module.__class__ = cls
 
 
 def _held(module: nn.Module) -> nn.Module | None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import stillframe
 from stillframe.errors import SaveFailed, StillframeError
-from stillframe.snapshot.maxima import SharedMaxima
+from stillframe.snapshot.peers import Peers
 from stillframe.testing import run_process, run_ranks
 from tests.multirank.fp8 import (
     FP8,
@@ -214,7 +214,7 @@ def test_a_rank_that_fails_before_the_exchange_keeps_nobody_waiting(tmp_path: Pa
 def _exchange() -> list[str]:
     """Two exchanges of both ranks, with and without what they may share; then rank 1 does not come any more."""
     rank = dist.get_rank()
-    exchange = SharedMaxima(3.0)
+    exchange = Peers(3.0)
     table = torch.tensor([rank, 5 - rank, torch.nan if rank else 1.0]).view(torch.int32)
     exchange.largest(table)
     assert table.view(torch.float32)[:2].tolist() == [1.0, 5.0]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from stillframe.errors import CorruptCheckpoint, LoadError, NotACheckpoint
 from stillframe.manifest import FileEntry, Manifest, TensorEntry, decode_manifest, encode_manifest, read_manifest
-from stillframe.records import Reshuffled
+from stillframe.records import Gathered, Reshuffled
 
 PATH = Path("/run/hf-5/stillframe.json")
 MANIFEST = Manifest(
@@ -39,6 +39,7 @@ MANIFEST = Manifest(
     },
     branch="main",
     metrics={"loss": 0.5},
+    gathered=Gathered(keys=("a.weight",), bucket_bytes=1024),
     reshuffled=Reshuffled(tensors=1, size_bytes=64, bucket_bytes=32),
 )
 
@@ -71,6 +72,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
         tensors=tensors,
         branch=draw(texts),
         metrics=draw(st.dictionaries(texts, st.floats(allow_nan=False, allow_infinity=False), max_size=3)),
+        gathered=draw(
+            st.none() | st.builds(Gathered, keys=st.lists(texts, max_size=3).map(tuple), bucket_bytes=counts)
+        ),
         reshuffled=draw(st.none() | st.builds(Reshuffled, tensors=counts, size_bytes=counts, bucket_bytes=counts)),
     )
 
@@ -129,7 +133,7 @@ def places(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 FIELDS = json.loads(encode_manifest(MANIFEST))
-OPTIONAL = [("files", "config.json"), ("branch",), ("metrics",), ("reshuffled",)]
+OPTIONAL = [("files", "config.json"), ("branch",), ("metrics",), ("reshuffled",), ("gathered",)]
 
 
 @given(st.sampled_from(places(FIELDS)), json_values)
@@ -193,9 +197,10 @@ def test_a_contradiction_is_refused_and_named(place: tuple[str, ...], value: Any
 
 
 def test_a_manifest_from_before_there_were_branches_metrics_and_reshuffles_has_none() -> None:
-    fields = {name: value for name, value in FIELDS.items() if name not in ("branch", "metrics", "reshuffled")}
+    added = ("branch", "metrics", "reshuffled", "gathered")
+    fields = {name: value for name, value in FIELDS.items() if name not in added}
     manifest = decode_manifest(json.dumps(fields).encode(), PATH)
-    assert manifest == replace(MANIFEST, branch="", metrics={}, reshuffled=None)
+    assert manifest == replace(MANIFEST, branch="", metrics={}, reshuffled=None, gathered=None)
 
 
 def test_a_metric_that_is_not_finite_does_not_cost_the_checkpoint() -> None:

@@ -154,6 +154,8 @@ def _origin(manifest: Manifest | None) -> list[str]:
     ]
     if (done := manifest.reshuffled) is not None:
         lines.append(f"  {done.tensors} tensors, {format_size(done.size_bytes)}, exchanged among ranks to whole rows")
+    if (made_whole := manifest.gathered) is not None:
+        lines.append(f"  {len(made_whole.keys)} tensors that one rank made of what several held")
     if manifest.branch:
         lines.append(f"  branch {printable(manifest.branch)}")
     if manifest.metrics:

@@ -16,7 +16,7 @@ from awscrt.checksums import crc64nvme
 from stillframe import names
 from stillframe.fields import array, crc64, flag, integer, required, table, text
 from stillframe.manifest import FileEntry, decode_metrics, finite_metrics
-from stillframe.records import FileLayout, InlineFile, Item, Layout, Reshuffled
+from stillframe.records import FileLayout, Gathered, InlineFile, Item, Layout, Reshuffled
 
 FORMAT = "stillframe-plan/1"
 
@@ -105,6 +105,7 @@ def _layout_to_object(layout: Layout) -> dict[str, Any]:
         "digest": layout.digest,
         "rank_files": layout.rank_files,
         "held_back": layout.held_back,
+        "gathered": None if layout.gathered is None else asdict(layout.gathered),
         "reshuffled": None if layout.reshuffled is None else asdict(layout.reshuffled),
         "files": [
             {
@@ -160,6 +161,7 @@ def _layout_from_object(data: dict[str, Any]) -> Layout:
         digest=text(data, "digest"),
         rank_files=rank_files,
         held_back=_names(data, "held_back"),
+        gathered=None if data.get("gathered") is None else _gathered_from_object(table(data, "gathered")),
         reshuffled=None if data.get("reshuffled") is None else _reshuffled_from_object(table(data, "reshuffled")),
     )
 
@@ -170,6 +172,13 @@ def _reshuffled_from_object(data: dict[str, Any]) -> Reshuffled:
         size_bytes=integer(data, "size_bytes"),
         bucket_bytes=integer(data, "bucket_bytes"),
     )
+
+
+def _gathered_from_object(data: dict[str, Any]) -> Gathered:
+    keys = array(data, "keys")
+    if not all(isinstance(key, str) for key in keys):
+        raise ValueError(f"gathered keys are {keys!r:.60}")
+    return Gathered(keys=tuple(keys), bucket_bytes=integer(data, "bucket_bytes"))
 
 
 def _file_from_object(data: Any) -> FileLayout:

@@ -127,6 +127,7 @@ class Publication:
                 tensors=proven.tensors,
                 branch=plan.branch,
                 metrics=dict(plan.metrics),
+                gathered=plan.layout.gathered,
                 reshuffled=plan.layout.reshuffled,
             )
         )

@@ -24,13 +24,13 @@ from stillframe.errors import UnsupportedModel
 from stillframe.layout.casting import Cast, cast_keys
 from stillframe.layout.companions import rendered
 from stillframe.layout.huggingface import HuggingFacePlan, file_keys, lay_out_files, sketch_of, without_collections
-from stillframe.layout.keys import Key, KeyMap, unsharded_classes, without_tied
+from stillframe.layout.keys import Key, KeyMap, without_tied
 from stillframe.layout.placement import Holdings
 from stillframe.layout.runs import Runs
 from stillframe.layout.shares import rank_share
 from stillframe.names import is_unicode
 from stillframe.records import InlineFile
-from stillframe.wrappers import without_wrappers
+from stillframe.wrappers import unsharded_classes, without_wrappers
 
 _STEM = "adapter_model"
 _DEFAULT = "default"  # the adapter that PEFT saves into the directory itself, any other one into a folder of its name

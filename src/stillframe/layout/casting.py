@@ -42,16 +42,17 @@ def cast_keys(
     kept_sources = {
         index
         for index, name in enumerate(key_map.sources)
-        if id(tensors[name]) not in parameters
+        if name not in tensors  # a computed key's own, of which the tensors that it is made of tell
+        or id(tensors[name]) not in parameters
         or not tensors[name].is_floating_point()
         or any(pattern.search(name) for pattern in (*cast.keep, *kept_modules))
     }
 
     def cast_one(key: Key) -> Key:
         kept = any(pattern.search(key.name) for pattern in cast.keep) or not kept_sources.isdisjoint(
-            np.unique(key.runs.source).tolist()
+            key.made_of or np.unique(key.runs.source).tolist()
         )
-        if kept or key.dtype == cast.dtype:
+        if kept or key.dtype == cast.dtype or not key.dtype.is_floating_point:
             return key
         block_bytes = key.block_bytes // key.dtype.itemsize * cast.dtype.itemsize
         return replace(key, dtype=cast.dtype, block_bytes=block_bytes)
@@ -69,8 +70,8 @@ def saved_dtype(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], key
     """What config.json says: the dtype that the model's first floating-point parameter has in the files."""
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     for index, name in enumerate(keys.sources):
-        if tensors[name] is first:
+        if tensors.get(name) is first:
             for key in keys.keys:
-                if index in key.runs.source:
+                if index in key.runs.source or index in key.made_of:
                     return key.dtype
     return model.dtype

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from stillframe.errors import UnsupportedModel
-from stillframe.layout.keys import unsharded_classes
 from stillframe.records import InlineFile
+from stillframe.wrappers import unsharded_classes
 
 
 def render_config(

@@ -21,7 +21,10 @@ from transformers import PreTrainedModel
 
 from stillframe.errors import LayoutError, UnsupportedModel
 from stillframe.layout.casting import Cast, cast_keys, saved_dtype
+from stillframe.layout.computing import Conversion
+from stillframe.layout.gather import GatherPlan, plan_gathers
 from stillframe.layout.keys import Key, KeyMap, runtime_tensors, save_keys
+from stillframe.layout.per_rank import OwnFile, own_files
 from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.quantizing import held_blocks, quantize_keys
 from stillframe.layout.renaming import KeyMapping
@@ -29,7 +32,7 @@ from stillframe.layout.reshuffle import ReshufflePlan, plan_reshuffles, share_wi
 from stillframe.layout.shares import PlacedItem, rank_share
 from stillframe.layout.stages import Stages, in_whole_model
 from stillframe.layout.turned import settle_turned
-from stillframe.records import Blocks, FileLayout, InlineFile, Item, Layout, RankShare
+from stillframe.records import Blocks, FileLayout, Gather, InlineFile, Item, Layout, RankShare
 from stillframe.sketch import Sketch
 from stillframe.wrappers import unwrapped_module, without_wrappers
 
@@ -66,7 +69,10 @@ class HuggingFacePlan:
     `config_dtype` is the model's dtype in the files, as config.json says it; None for a module that is no
     PreTrainedModel and has no config. `items`, `sources` and `holdings` are what
     the share was made of, for a save that shares it out otherwise (`together`). `blocks` and `left_alone` (modules, as
-    config.json names them) are those of a plan in fp8, else None.
+    config.json names them) are those of a plan in fp8, else None. `gathers` are what this rank exchanges with others
+    (`exchanges`: some rank does), `conversion` makes of it what is computed, and `owned` are the tensors that their
+    owners alone count as holding. Of `file_ranks` each has the file of that number to itself; None: whoever holds a
+    part of a file writes it.
     """
 
     layout: Layout
@@ -78,6 +84,11 @@ class HuggingFacePlan:
     holdings: Mapping[str, Holding]
     blocks: Blocks | None = None
     left_alone: tuple[str, ...] | None = None
+    gathers: Sequence[Gather] = ()
+    conversion: Conversion | None = None
+    exchanges: bool = False
+    owned: frozenset[str] = frozenset()
+    file_ranks: Sequence[int] | None = None
 
 
 def plan_huggingface(
@@ -91,13 +102,14 @@ def plan_huggingface(
     key_mapping: KeyMapping | None = None,
     hub_layout: bool = False,
     stages: Stages | None = None,
+    per_rank: bool = False,
     may_reshuffle: bool = False,
 ) -> HuggingFacePlan:
     """Lay `model` out as a Hugging Face directory and find this rank's share. No communication, no data is read.
 
     `cast` None saves every tensor in the dtype that it has. `key_mapping` renames keys after Transformers' conversions.
     `hub_layout` gives weights the orientation that they have on the Hub, where Transformers saves another one.
-    `stages`: the whole model, where this rank's is one stage of it.
+    `stages`: the whole model, where this rank's is one stage of it. With `per_rank` each rank has files of its own.
     With `may_reshuffle` the snapshot exchanges tensors among ranks whose shards would be short runs (`reshuffle`).
 
     Raises LayoutError (UnsupportedModel, UnsupportedPlacement, CoverageError) naming the model or tensor.
@@ -114,6 +126,7 @@ def plan_huggingface(
             key_mapping=key_mapping,
             hub_layout=hub_layout,
             stages=stages,
+            per_rank=per_rank,
             may_reshuffle=may_reshuffle,
         )
 
@@ -142,6 +155,7 @@ def _plan(
     key_mapping: KeyMapping | None,
     hub_layout: bool,
     stages: Stages | None,
+    per_rank: bool,
     may_reshuffle: bool,
 ) -> HuggingFacePlan:
     tensors = runtime_tensors(model)
@@ -162,14 +176,32 @@ def _plan(
     left_alone = None
     if cast is not None and cast.fp8_but is not None:
         key_map, left_alone = quantize_keys(model, tensors, key_map, (*cast.keep, *cast.fp8_but))
+    if stages is not None:
+        _refuse_computed(key_map)
     held = Holdings(rank=rank, world_size=world_size, stages=stages)
     holdings: Mapping[str, Holding] = {
         name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()
     }
+    gathered = GatherPlan.of_none(tensors, holdings)
+    if stages is None:
+        gathered = plan_gathers(
+            key_map,
+            tensors,
+            held,
+            holdings,
+            rank=rank,
+            world_size=world_size,
+            buffers=frozenset(name for name, tensor in tensors.items() if id(tensor) not in parameters),
+            every_key=per_rank,
+        )
+    tensors, holdings = dict(gathered.tensors), gathered.holdings
     exchanged = ReshufflePlan.of_none(holdings)
     if may_reshuffle and stages is None:
-        exchanged = plan_reshuffles(key_map, tensors, holdings, held)
+        exchanged = plan_reshuffles(key_map, tensors, holdings, held, leave=gathered.owned)
     key_map, holdings = settle_turned(key_map, tensors, holdings), exchanged.holdings
+    own = None
+    if per_rank:
+        own = own_files(model, key_map, gathered.owner_of, world_size=world_size, max_shard_bytes=max_shard_bytes)
     layout, items = lay_out(
         key_map,
         holdings,
@@ -177,9 +209,16 @@ def _plan(
         max_shard_bytes=max_shard_bytes,
         total_parameters=total_parameters,
         world_size=world_size,
+        own=own,
     )
-    layout = replace(layout, sketch=sketch_of(tensors, holdings, key_map.keys), reshuffled=exchanged.summary)
-    share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id)
+    file_ranks = None if own is None else [file.rank for file in own]
+    layout = replace(
+        layout,
+        sketch=sketch_of(tensors, holdings, key_map.keys),
+        reshuffled=exchanged.summary,
+        gathered=gathered.summary,
+    )
+    share = rank_share(layout, items, key_map.sources, holdings, rank=rank, plan_id=plan_id, file_ranks=file_ranks)
     if exchanged.reshuffles:
         share = share_with_reshuffles(share, exchanged.reshuffles, tensors)
     return HuggingFacePlan(
@@ -192,7 +231,21 @@ def _plan(
         holdings=holdings,
         blocks=None if left_alone is None else held_blocks(key_map, tensors, held, holdings),
         left_alone=left_alone,
+        gathers=gathered.gathers,
+        conversion=Conversion(model, hub_layout=hub_layout),
+        exchanges=gathered.exchanges or exchanged.summary is not None,
+        owned=gathered.owned,
+        file_ranks=file_ranks,
     )
+
+
+def _refuse_computed(key_map: KeyMap) -> None:
+    for key in key_map.keys:
+        if key.made_of:
+            raise UnsupportedModel(
+                f"{key.name} is not made of renames, slices and concatenations of tensors (its conversion computes new "
+                "values), which stillframe does not support in stages of a pipeline yet"
+            )
 
 
 def sketch_of(tensors: Mapping[str, torch.Tensor], holdings: Mapping[str, Holding], keys: Iterable[Key]) -> Sketch:
@@ -248,9 +301,16 @@ def lay_out(
     max_shard_bytes: int,
     total_parameters: int,
     world_size: int,
+    own: Sequence[OwnFile] | None = None,
 ) -> tuple[Layout, list[PlacedItem]]:
-    """Assign keys to files and offsets. Deterministic: equal arguments, equal result, whatever the hash seed."""
-    files, inline = file_keys(key_map.keys, max_shard_bytes, stem="model", total_parameters=total_parameters)
+    """Assign keys to files and offsets; with `own`, the files are these. Deterministic: equal arguments, equal result,
+    whatever the hash seed."""
+    if own is None:
+        files, inline = file_keys(key_map.keys, max_shard_bytes, stem="model", total_parameters=total_parameters)
+    else:
+        files = [(file.name, file.keys) for file in own]
+        size = sum(key.size_bytes for key in key_map.keys)
+        inline = (_index_of(files, total_parameters=total_parameters, total_size=size),)
     return lay_out_files(
         files,
         key_map.sources,
@@ -270,10 +330,13 @@ def file_keys(
     names = _file_names(stem, len(shards))
     if len(shards) < 2:
         return list(zip(names, shards, strict=True)), ()
-    weight_map = {key.name: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    text = _index(weight_map, total_parameters=total_parameters, total_size=block_total)
-    index = InlineFile(name="model.safetensors.index.json", content=text.encode())
-    return list(zip(names, shards, strict=True)), (index,)
+    files: list[tuple[str, Sequence[Key]]] = list(zip(names, shards, strict=True))
+    return files, (_index_of(files, total_parameters=total_parameters, total_size=block_total),)
+
+
+def _index_of(files: Sequence[tuple[str, Sequence[Key]]], **metadata: int) -> InlineFile:
+    text = _index({key.name: name for name, keys in files for key in keys}, **metadata)
+    return InlineFile(name="model.safetensors.index.json", content=text.encode())
 
 
 def lay_out_files(

@@ -4,7 +4,7 @@ There is no table of models here. `save_keys` runs the very function that `save_
 (`revert_weight_conversion`) on meta tensors, watching which views, copies, concatenations and stacks it makes; the
 result says for every key of the checkpoint which runs of which runtime tensors it consists of. What is neither a
 rename nor a slice nor a concatenation is recognised (its values would come from a storage that no tensor of the model
-owns) and refused by name.
+owns); of such a key the result says which tensors it is computed from (`layout.computing`).
 
 Source: transformers `core_model_loading.py` (`revert_weight_conversion`) and `modeling_utils.py` (`save_pretrained`).
 """
@@ -14,8 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,15 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import _get_tied_weight_keys
 
 from stillframe.errors import UnsupportedModel
-from stillframe.layout.orientation import hub_orientation, order_of_dims
+from stillframe.layout.computing import Conversion, computed_name, sources_of_computed
+from stillframe.layout.orientation import order_of_dims
 from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.runs import Runs, coalesce, compose, overlap, strided
 
@@ -47,6 +45,9 @@ class Key:
     `block` identifies the storage that `save_pretrained` would hold it in, of `block_bytes` bytes: the unit by which it
     shards files.
 
+    `made_of`: the sources of a key whose values a conversion computes (`layout.computing`); `runs` are then of an array
+    of its own.
+
     `matrix`: for a weight that is saved in fp8 its own name; for its scales the weight's, and the runs then only say
     who writes them.
     """
@@ -59,11 +60,17 @@ class Key:
     block_bytes: int
     matrix: str | None = None
     dims: tuple[int, ...] | None = None
+    made_of: tuple[int, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyMap:
-    """`sources` (names of runtime tensors) and the `keys` made of them, in the order in which they are sharded."""
+    """`sources` (names of runtime tensors, behind them one for each key that is computed) and the `keys` made of them,
+    in the order in which they are sharded."""
 
     sources: tuple[str, ...]
     keys: tuple[Key, ...]
@@ -149,24 +156,26 @@ def save_keys(
     `twins`: those of the unsharded tensors where this rank has not all of them (`twins_on_meta`). With `hub_layout`
     weights have the orientation that they have on the Hub (`layout.orientation`).
 
-    Depends on names, shapes and dtypes only; no data is read. Raises UnsupportedModel, naming the keys, where
-    a conversion is more than renames, slices and concatenations, or loses a part of a tensor, or the mapping a key.
+    Depends on names, shapes and dtypes only; no data is read. A key whose conversion is more than renames, slices and
+    concatenations has the tensors that it is made of instead of runs. Raises UnsupportedModel, naming the keys, where
+    these cannot be told, or a conversion loses a part of a tensor, or the mapping a key.
     """
-    tracer = Tracer(twins_on_meta(tensors) if twins is None else twins)
-    with unsharded_classes(model), hub_orientation(model) if hub_layout else nullcontext():
-        converted = tracer.run(
-            (lambda state: revert_weight_conversion(model, state))
-            if isinstance(model, PreTrainedModel)
-            else (lambda state: state)
-        )
+    twins = twins_on_meta(tensors) if twins is None else twins
+    tracer = Tracer(twins)
+    conversion = Conversion(model, hub_layout=hub_layout)
+    converted = tracer.run(conversion)
     storages: dict[int, int] = {}
     named = (key_mapping or KeyMapping(rules=())).keys_of(converted)
     keys = []
     turned = {name: found for name, tensor in converted.items() if (found := tracer.turned(tensor)) is not None}
     plain = {name: tensor for name, tensor in converted.items() if name not in turned}
-    runs_of = dict(zip(plain, tracer.runs_of_each(plain), strict=True))
+    runs_of, unmapped = _runs_of(tracer, plain)
+    made_of = sources_of_computed(conversion, twins, unmapped) if unmapped else {}
+    computed = {name: len(tensors) + number for number, name in enumerate(made_of)}
     for name, tensor in converted.items():
         source, dims = turned.get(name, (0, None))
+        if name in computed:
+            runs_of[name] = Runs.of([(0, computed[name], 0, tensor.numel())])
         storage = tensor.untyped_storage()
         block_bytes = storage.nbytes()
         keys.append(
@@ -176,16 +185,35 @@ def save_keys(
                 shape=tuple(tensor.shape),
                 runs=runs_of[name] if dims is None else Runs.of([(0, source, 0, tensor.numel())]),
                 dims=dims,
+                made_of=made_of.get(name, ()),
                 block=storages.setdefault(storage._cdata, len(storages)) if block_bytes else -1,
                 block_bytes=block_bytes,
             )
         )
     _refuse_losses(model, tensors, keys)
-    return KeyMap(sources=tuple(tensors), keys=tuple(keys))
+    return KeyMap(sources=(*tensors, *map(computed_name, made_of)), keys=tuple(keys))
+
+
+def _runs_of(
+    tracer: Tracer, outputs: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, Runs], dict[str, UnsupportedModel]]:
+    """The runs of each output, and why others have none."""
+    try:
+        return dict(zip(outputs, tracer.runs_of_each(outputs), strict=True)), {}
+    except UnsupportedModel:
+        pass  # one by one, then
+    runs_of: dict[str, Runs] = {}
+    unmapped: dict[str, UnsupportedModel] = {}
+    for name, tensor in outputs.items():
+        try:
+            runs_of[name] = tracer.runs_of(name, tensor)
+        except UnsupportedModel as reason:
+            unmapped[name] = reason
+    return runs_of, unmapped
 
 
 def _refuse_losses(model: nn.Module, tensors: Mapping[str, torch.Tensor], keys: Sequence[Key]) -> None:
-    """Raise UnsupportedModel unless every element is in exactly one key.
+    """Raise UnsupportedModel unless every element is in exactly one key. What computed keys are made of is left out.
 
     Transformers does not see to that: of two tensors that its renamings give one name, it saves the first.
     """
@@ -195,8 +223,12 @@ def _refuse_losses(model: nn.Module, tensors: Mapping[str, torch.Tensor], keys: 
     source, start, length = source[order], start[order], length[order]
     borders = np.searchsorted(source, np.arange(len(tensors) + 1))
     wrong = []
-    for (name, tensor), low, high in zip(tensors.items(), borders[:-1].tolist(), borders[1:].tolist(), strict=True):
-        if not Runs(start[low:high], source[low:high], start[low:high], length[low:high]).covers(tensor.numel()):
+    computed = {index for key in keys for index in key.made_of}
+    for index, ((name, tensor), (low, high)) in enumerate(
+        zip(tensors.items(), pairwise(borders.tolist()), strict=True)
+    ):
+        own = Runs(start[low:high], source[low:high], start[low:high], length[low:high])
+        if index not in computed and not own.covers(tensor.numel()):
             wrong.append(name)
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -224,22 +256,6 @@ def twins_on_meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
             storage = torch.empty(elements, dtype=tensor.dtype, device="meta")
             twins[name] = storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     return twins
-
-
-@contextmanager
-def unsharded_classes(model: nn.Module) -> Iterator[None]:
-    """Give modules the classes they had before `fully_shard`, which renames them (`FSDPLlamaModel`).
-
-    Transformers looks conversions up by class name, and the reference is the save of the unsharded model.
-    """
-    sharded = [(m, type(m)) for m in model.modules() if isinstance(m, FSDPModule)]
-    try:
-        for module, cls in sharded:
-            module.__class__ = cls.__mro__[2]  # (FSDPX, FSDPModule, X, ...): see torch's fully_shard
-        yield
-    finally:
-        for module, cls in sharded:
-            module.__class__ = cls
 
 
 class Tracer(TorchFunctionMode):
@@ -354,7 +370,7 @@ class Tracer(TorchFunctionMode):
             return compose(view, self._join_table(name, storage))
         raise UnsupportedModel(
             f"{name} is not made of renames, slices and concatenations of tensors "
-            "(its conversion computes new values); stillframe does not support such a model yet"
+            "(its conversion computes new values), which stillframe does not support here"
         )
 
     def runs_of_view(self, name: str, index: int, offset: int, shape: Sequence[int], stride: Sequence[int]) -> Runs:
@@ -404,11 +420,16 @@ def is_scattered(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 def refuse_scattered(name: str, shape: Sequence[int], stride: Sequence[int], *, hint: str = "") -> None:
     """Raise UnsupportedModel for a view with so many runs of one element that listing them would fill the memory."""
-    if is_scattered(shape, stride) and math.prod(shape) > _MAX_SINGLE_ELEMENTS:
+    if is_scattered(shape, stride) and is_too_scattered(shape):
         raise UnsupportedModel(
             f"{name} is a transposed tensor, of shape {tuple(shape)}; stillframe does not support one that large yet"
             f"{hint}"
         )
+
+
+def is_too_scattered(shape: Sequence[int]) -> bool:
+    """Whether a tensor of this shape has too many elements for a run each."""
+    return math.prod(shape) > _MAX_SINGLE_ELEMENTS
 
 
 def _storage_id(tensor: torch.Tensor) -> int:

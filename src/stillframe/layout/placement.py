@@ -75,7 +75,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """A tensor's distribution over the ranks: for rank 0 all `parts`, which tile the tensor; for another its own.
+    """A tensor's distribution over the ranks: all `parts`, which tile the tensor, or those of one rank.
 
     `signature` describes it, the same on all ranks. An object is shared by all tensors that are spread alike.
     """
@@ -124,33 +124,34 @@ class Holdings:
         found = self._holdings[distribution]
         return found if member is None else replace(found, signature=member.signature)
 
-    def spread(self, name: str, tensor: torch.Tensor, *, rank_0_only: bool) -> Spread:
+    def spread(self, name: str, tensor: torch.Tensor, *, rank_0_only: bool, everybody: bool | None = None) -> Spread:
         """How `tensor` is distributed over the ranks; `rank_0_only` for a plain tensor of which only rank 0's counts,
-        or that of the first rank that holds it.
+        or that of the first rank that holds it. `everybody`: all parts, else this rank's own; None: all for rank 0.
 
         A tensor without elements is one box, held by all. Raises UnsupportedPlacement like `of`.
         """
         member = None if self._stages is None else self._stages[name]
         is_held = member is None or self._rank in member.holders
+        everybody = self._rank == 0 if everybody is None else everybody
         if tensor.numel() and (isinstance(tensor, DTensor) if member is None else member.distribution is not None):
-            if not is_held and self._rank != 0:
+            if not is_held and not everybody:
                 return Spread(parts=(), signature="" if member is None else member.signature)
             if isinstance(tensor, DTensor) and is_held:
                 distribution = self._distribution(name, tensor, member)
             else:
                 distribution = self._distribution_of_others(name, member)
-            if distribution not in self._spreads:
-                self._spreads[distribution] = distribution.spread(everybody=self._rank == 0)
-            found = self._spreads[distribution]
+            if (distribution, everybody) not in self._spreads:
+                self._spreads[distribution, everybody] = distribution.spread(everybody=everybody)
+            found = self._spreads[distribution, everybody]
             return found if member is None else replace(found, signature=member.signature)
         holders = self._everyone if member is None else member.holders
         shape = tuple(tensor.shape)
-        key = (shape, id(holders), rank_0_only)
+        key = (shape, id(holders), rank_0_only, everybody)
         if key not in self._spreads:
             replicas = holders[:1] if rank_0_only else holders
             origin = (0,) * len(shape)
             whole = Box(offsets=origin, sizes=shape, local_offsets=origin, local_shape=shape)
-            is_planned = self._rank == 0 or self._rank in replicas
+            is_planned = everybody or self._rank in replicas
             parts = (Part(replicas=replicas, boxes=(whole,)),) if is_planned else ()
             self._spreads[key] = Spread(parts=parts, signature=f"replicas={len(replicas)}")
         found = self._spreads[key]
@@ -159,6 +160,13 @@ class Holdings:
     def distribution(self, name: str, tensor: DTensor) -> Distribution:
         """How `tensor` is distributed, as it is told to other ranks; one object for all that are distributed alike."""
         return self._distribution(name, tensor, None).told
+
+    def cut_dims(self, name: str, tensor: torch.Tensor) -> tuple[int, ...]:
+        """The dimensions along which any rank holds less than all of `tensor`; the same on all ranks."""
+        if not isinstance(tensor, DTensor):
+            return ()
+        shards = self._distribution(name, tensor, None).shards
+        return tuple(dim for dim, cuts in enumerate(shards) if any(parts > 1 for _, parts, _ in cuts))
 
     def placed(self, name: str, tensor: DTensor) -> Placed:
         """How `tensor` is distributed; one object for all that are distributed alike. Raises like `of`."""

@@ -22,11 +22,12 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from stillframe.errors import UnsupportedModel
 from stillframe.layout.casting import kept_by_transformers
-from stillframe.layout.keys import Key, KeyMap, unsharded_classes
+from stillframe.layout.keys import Key, KeyMap
 from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.runs import Ints, Runs, compose, overlap
 from stillframe.patches import BLOCK, MatrixRun, block_count, patches_of
 from stillframe.records import Blocks, Matrix
+from stillframe.wrappers import unsharded_classes
 
 FP8 = torch.float8_e4m3fn
 SCALES_SUFFIX = "_scale_inv"

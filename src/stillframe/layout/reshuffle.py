@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -55,6 +55,7 @@ def plan_reshuffles(
     holdings: Mapping[str, Holding],
     held: Holdings,
     *,
+    leave: Collection[str] = (),
     direct_from_bytes: int | None = None,
     bucket_bytes: int | None = None,
 ) -> ReshufflePlan:
@@ -62,7 +63,7 @@ def plan_reshuffles(
 
     A tensor is, if one mesh dimension alone shards one of its dimensions behind the first, the others shard none or the
     first, and its longest run is shorter than `direct_from_bytes`. Tensors that a key has with its dimensions in
-    another order stay as they are: their matrices are copied whole, from where they are.
+    another order stay as they are: their matrices are copied whole, from where they are. So do those in `leave`.
     """
     direct_from_bytes = DIRECT_FROM_BYTES if direct_from_bytes is None else direct_from_bytes
     bucket_bytes = BUCKET_BYTES if bucket_bytes is None else bucket_bytes
@@ -77,7 +78,7 @@ def plan_reshuffles(
     for index in sorted(saved - turned):
         name = key_map.sources[index]
         tensor = tensors[name]
-        if not isinstance(tensor, DTensor) or not tensor.numel():
+        if not isinstance(tensor, DTensor) or not tensor.numel() or name in leave:
             continue
         distribution = held.placed(name, tensor)
         kind = (id(distribution), tensor.dtype.itemsize)

@@ -93,14 +93,17 @@ def rank_share(
     *,
     rank: int,
     plan_id: int,
+    file_ranks: Sequence[int] | None = None,
 ) -> RankShare:
     """The share of `rank` in `layout`. `items` are those of `layout.files`, in order; `Runs.source` indexes `sources`.
 
-    Envelopes go round robin over the ranks. Raises CoverageError if items do not tile their files.
+    Envelopes go round robin over the ranks, or to `file_ranks`, the one of each file. Raises CoverageError if items do
+    not tile their files.
     """
     element_bytes = _column(items, "element_bytes")
     held = _held(_proven_runs(layout.files, items), element_bytes, [holdings[name] for name in sources])
-    mine = [_envelopes(items, [i for i, item in enumerate(items) if item.file % layout.world_size == rank])]
+    file_ranks = range(layout.world_size) if file_ranks is None else file_ranks
+    mine = [_envelopes(items, [i for i, item in enumerate(items) if file_ranks[item.file % len(file_ranks)] == rank])]
     for replicas, pieces in held.items():
         pieces = pieces.in_file_order()
         if len(replicas) > 1:

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from stillframe.layout.computing import Conversion
 from stillframe.layout.distcp import DistcpPlan
 from stillframe.layout.huggingface import HuggingFacePlan
 from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.runs import Runs, overlap
 from stillframe.layout.shares import place_in_arena, rank_share
 from stillframe.names import TOGETHER
-from stillframe.records import Blocks, Copy, Envelope, Extent, FileShare, Layout, RankShare, WritePlan
+from stillframe.records import Blocks, Copy, Envelope, Extent, FileShare, Gather, Layout, RankShare, WritePlan
 
 HF_DIR = "hf/"
 CHECKPOINT_DIR = "checkpoint/"
@@ -29,7 +30,7 @@ class JointShare:
     """What one rank contributes to an export and a checkpoint of the same step.
 
     Two plans, with the ids that they had, over one arena, and how that is filled. `tensors` has what `copies` name, and
-    what `blocks` do, which are there if the export is in fp8.
+    what `blocks` do, which are there if the export is in fp8, and `gathers`.
     """
 
     hf: WritePlan
@@ -38,6 +39,19 @@ class JointShare:
     envelopes: tuple[Envelope, ...]
     tensors: Mapping[str, torch.Tensor]
     blocks: Blocks | None = None
+    gathers: tuple[Gather, ...] = ()
+    conversion: Conversion | None = None
+
+    def compute(
+        self, tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.dtype]
+    ) -> dict[str, torch.Tensor]:
+        """What the export's conversion computes, by the names that its tensors have beside the checkpoint's."""
+        assert self.conversion is not None, "an export that computes has a conversion"
+        made = self.conversion.compute(
+            {name.removeprefix(HF_DIR): tensor for name, tensor in tensors.items()},
+            {name.removeprefix(HF_DIR): dtype for name, dtype in wanted.items()},
+        )
+        return {HF_DIR + name: tensor for name, tensor in made.items()}
 
 
 def plan_together(hf: HuggingFacePlan, checkpoint: DistcpPlan) -> JointShare:
@@ -49,7 +63,7 @@ def plan_together(hf: HuggingFacePlan, checkpoint: DistcpPlan) -> JointShare:
     """
     share = _following(hf, checkpoint)
     pieces = _pieces(share, hf.tensors)
-    staged = _Staged(checkpoint)
+    staged = _Staged(checkpoint, arriving=_arriving(hf))
     found = [staged.place_of(piece, hf.tensors) for piece in pieces]
     alone = [piece for piece, place in zip(pieces, found, strict=True) if place is None]
     columns = (np.array(column, dtype=np.int64) for column in _columns(alone))
@@ -69,6 +83,23 @@ def plan_together(hf: HuggingFacePlan, checkpoint: DistcpPlan) -> JointShare:
         envelopes=tuple(envelopes),
         tensors={**checkpoint.tensors, **{HF_DIR + name: tensor for name, tensor in hf.tensors.items()}},
         blocks=None if hf.blocks is None else _of_export(hf.blocks),
+        gathers=tuple(map(_gather_of_export, hf.gathers)),
+        conversion=hf.conversion,
+    )
+
+
+def _arriving(hf: HuggingFacePlan) -> frozenset[str]:
+    """The export's tensors of which this rank copies what it gets, not what it has."""
+    return frozenset(name for gather in hf.gathers for name in (*gather.tensors, *gather.computed))
+
+
+def _gather_of_export(gather: Gather) -> Gather:
+    """`gather` with the names that the export's tensors have beside the checkpoint's."""
+    return replace(
+        gather,
+        pieces=tuple(replace(piece, tensor=HF_DIR + piece.tensor) for piece in gather.pieces),
+        tensors=tuple(HF_DIR + name for name in gather.tensors),
+        computed=tuple(HF_DIR + name for name in gather.computed),
     )
 
 
@@ -101,6 +132,7 @@ def as_one(hf: Layout, checkpoint: Layout) -> Layout:
             *(HF_DIR + name for name in hf.held_back),
             *(CHECKPOINT_DIR + name for name in checkpoint.held_back),
         ),
+        gathered=hf.gathered,
     )
 
 
@@ -136,11 +168,21 @@ def _following(hf: HuggingFacePlan, checkpoint: DistcpPlan) -> RankShare:
     for source in as_they_are:
         name = hf.sources[source]
         tensor = hf.tensors[name]
+        if name in hf.owned:
+            continue
         if (key := key_of.get(id(tensor))) is not None:
             whole = held.of(key, tensor, is_parameter=key not in checkpoint.rank_0_only)
             runs = _within(whole.runs, sorted(ranges[key]))
             holdings[name] = Holding(runs=runs, replicas=(rank,), signature=whole.signature)
-    return rank_share(hf.layout, hf.items, hf.sources, holdings, rank=rank, plan_id=hf.share.plan.plan_id)
+    return rank_share(
+        hf.layout,
+        hf.items,
+        hf.sources,
+        holdings,
+        rank=rank,
+        plan_id=hf.share.plan.plan_id,
+        file_ranks=hf.file_ranks,
+    )
 
 
 def _within(runs: Runs, ranges: Sequence[tuple[int, int]]) -> Runs:
@@ -194,7 +236,9 @@ def _bytes_of(origin: Copy | Envelope, tensors: Mapping[str, torch.Tensor]) -> i
 class _Staged:
     """Which elements of this rank's tensors a checkpoint stages, and where."""
 
-    def __init__(self, checkpoint: DistcpPlan) -> None:
+    def __init__(self, checkpoint: DistcpPlan, *, arriving: frozenset[str]) -> None:
+        """`arriving`: tensors of the export that come from other ranks, too."""
+        self._arriving = arriving
         self._copies: dict[int, list[Copy]] = defaultdict(list)
         for copy in checkpoint.share.copies:
             self._copies[id(checkpoint.tensors[copy.tensor])].append(copy)
@@ -205,6 +249,8 @@ class _Staged:
         """Where in the arena the bytes of `piece` are anyway, None if nowhere."""
         wanted = piece.origin
         if isinstance(wanted, Envelope) or wanted.dtype is not None or wanted.dims is not None:
+            return None
+        if wanted.tensor in self._arriving:
             return None
         tensor = tensors[wanted.tensor]
         copies = self._copies.get(id(tensor), [])

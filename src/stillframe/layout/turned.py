@@ -1,7 +1,7 @@
 """Keys that are a tensor with its dimensions in another order, such as transposed matrices: who can copy them how.
 
 A rank that holds matrices whole copies them as transposed views, whatever their size. One whose shard cuts them lists
-the runs, most of them of one element.
+the runs, most of them of one element; where that would be too many, one rank gets the tensor whole (`gather`).
 """
 
 from __future__ import annotations
@@ -43,10 +43,15 @@ def settle_turned(key_map: KeyMap, tensors: Mapping[str, torch.Tensor], holdings
 
 def _slice_elements(shape: Sequence[int], dims: Sequence[int]) -> int:
     """How many elements keep together: those below the outermost dimensions that stay where they are."""
+    return math.prod(shape[outer_dims(dims) :])
+
+
+def outer_dims(dims: Sequence[int]) -> int:
+    """How many of the outermost dimensions stay where they are."""
     outer = 0
     while outer < len(dims) and dims[outer] == outer:
         outer += 1
-    return math.prod(shape[outer:])
+    return outer
 
 
 def _holds_whole(holding: Holding, slice_elements: int) -> bool:

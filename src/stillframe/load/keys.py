@@ -28,10 +28,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from stillframe.layout.keys import Tracer, is_scattered, runtime_tensors, save_keys, unsharded_classes
+from stillframe.layout.keys import Tracer, is_scattered, runtime_tensors, save_keys
 from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.runs import Runs
 from stillframe.load.safetensors import StoredTensor
+from stillframe.wrappers import unsharded_classes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from stillframe.records import Blocks, Copy, Envelope, QuantizedCopy, Reshuffle, ScalesCopy
+from stillframe.records import Blocks, Copy, Envelope, Gather, QuantizedCopy, Reshuffle, ScalesCopy
 from stillframe.snapshot.arena import Arena
-from stillframe.snapshot.maxima import SharedMaxima
+from stillframe.snapshot.gather import Compute, Gatherer
+from stillframe.snapshot.peers import Peers
 from stillframe.snapshot.quantize import Quantizer
 from stillframe.snapshot.reshuffle import RowExchange
 
@@ -21,7 +23,8 @@ class Snapshotter:
 
     `tensors` are the model's own objects (parameters, buffers), by the names that `copies` use. Their memory is looked
     up in each copy: it may move (`model.to`, an optimizer that swaps `.data`), and must not be kept from being freed.
-    `blocks`, and where any are shared `shared_maxima`, are for copies that are quantized.
+    `blocks`, and where any are shared `peers`, are for copies that are quantized; `gathers`, `compute` and `peers` for
+    copies of what other ranks hold, too, or a conversion makes. `meets`: whether any rank exchanges anything.
     """
 
     def __init__(
@@ -33,11 +36,18 @@ class Snapshotter:
         *,
         reshuffles: Sequence[Reshuffle] = (),
         blocks: Blocks | None = None,
-        shared_maxima: SharedMaxima | None = None,
+        peers: Peers | None = None,
+        gathers: Sequence[Gather] = (),
+        compute: Compute | None = None,
+        bucket_bytes: int = 0,
+        meets: bool = False,
     ) -> None:
         self._arena = arena
-        self._quantizer = None if blocks is None else Quantizer(copies, blocks, arena, shared_maxima)
+        self._quantizer = None if blocks is None else Quantizer(copies, blocks, arena, peers)
         copies = [copy for copy in copies if not isinstance(copy, QuantizedCopy | ScalesCopy)]
+        gathered = {name for gather in gathers for name in (*gather.tensors, *gather.computed)}
+        self._gathered = _by_tensor(copy for copy in copies if copy.tensor in gathered)
+        copies = [copy for copy in copies if copy.tensor not in gathered]
         self._copies = [copy for copy in copies if copy.dims is None]
         self._turned = [copy for copy in copies if copy.dims is not None]
         self._reshuffles = reshuffles
@@ -52,8 +62,21 @@ class Snapshotter:
             for reshuffle in reshuffles
         ]
         self._envelopes = envelopes
-        arriving = (target for buckets in self._arriving_targets for bucket in buckets for target in bucket)
-        targets = (*self._targets, *self._turned_targets, *arriving)
+        self._meets = meets
+        self._peers = peers
+        exchanged = gathered | {piece.tensor for gather in gathers for piece in gather.pieces}
+        self._exchanged = {name: tensor for name, tensor in tensors.items() if name in exchanged}
+        self._gatherer = Gatherer(gathers, self._exchanged, compute, peers, bucket_bytes=bucket_bytes)
+        targets = (
+            *self._targets,
+            *self._turned_targets,
+            *(target for buckets in self._arriving_targets for bucket in buckets for target in bucket),
+            *(
+                _target(arena, copy, self._exchanged[n].dtype)
+                for n, copies in self._gathered.items()
+                for copy in copies
+            ),
+        )
         self.staged_bytes = sum(t.nbytes for t in targets) + sum(len(e.content) for e in envelopes)
         self.staged_bytes += self._quantizer.staged_bytes if self._quantizer is not None else 0
 
@@ -67,9 +90,9 @@ class Snapshotter:
     def copy(self) -> None:
         """Copy this rank's share of the tensors into the arena; when it returns, the tensors may change again.
 
-        Blocks for the copy; where blocks of fp8 are shared, until all ranks take theirs. Ordered after all work queued
-        on the current stream of the tensors' device. Where tensors are reshuffled, all ranks that share them take part:
-        their process groups must be free, and it raises what they raise, at the latest after their timeout.
+        Blocks for the copy; where blocks of fp8 are shared, or tensors reshuffled or gathered, until all ranks take
+        theirs, and raises where one does not come. Ordered after all work queued on the current stream of the tensors'
+        device. The process groups that reshuffled tensors are sharded over must be free.
         """
         straight = {copy.tensor for copy in self._copies}
         if self._quantizer is not None:
@@ -82,13 +105,29 @@ class Snapshotter:
         for copy, target in zip(self._turned, self._turned_targets, strict=True):
             assert copy.dims is not None, "what is turned has an order of dimensions"
             self._copy_turned(copy, local_of(self._tensors[copy.tensor]).detach().permute(copy.dims), target)
+        if self._meets and self._peers is not None and not self._peers.was_met:
+            # Last of all that may fail here alone, for whoever is absent must say so before others wait for its part.
+            self._peers.meet(0, "tensors")
+        self._copy_reshuffled()
+        self._copy_gathered()
 
+    def _copy_reshuffled(self) -> None:
         exchange = RowExchange(self._reshuffles, self._tensors)
         for reshuffle, targets_of in zip(self._reshuffles, self._arriving_targets, strict=True):
             buckets = exchange.buckets(reshuffle, self._tensors[reshuffle.tensor])
             for rows, copies, targets in zip(buckets, reshuffle.copies, targets_of, strict=True):
                 if targets:  # none where another replica stages them
                     torch._foreach_copy_(targets, [_origin(rows, copy) for copy in copies])
+
+    def _copy_gathered(self) -> None:
+        for values in self._gatherer.arrivals():
+            for name, value in values.items():
+                for copy in self._gathered.get(name, ()):
+                    target = _target(self._arena, copy, value.dtype)
+                    if copy.dims is not None:
+                        self._copy_turned(copy, value.permute(copy.dims), target)
+                    else:
+                        target.copy_(_origin(value.reshape(-1), copy))
 
     def _copy_turned(self, copy: Copy, view: torch.Tensor, target: torch.Tensor) -> None:
         """Matrix by matrix: torch transposes one in blocks, on the CPU, and on an accelerator makes a copy of it there
@@ -98,6 +137,13 @@ class Snapshotter:
         for matrix in in_matrices(view, copy.first_element, copy.element_count):
             target[place : place + matrix.numel()].view(matrix.shape).copy_(matrix)
             place += matrix.numel()
+
+
+def _by_tensor(copies: Iterable[Copy]) -> dict[str, list[Copy]]:
+    grouped: dict[str, list[Copy]] = defaultdict(list)
+    for copy in copies:
+        grouped[copy.tensor].append(copy)
+    return grouped
 
 
 def _target(arena: Arena, copy: Copy, dtype: torch.dtype) -> torch.Tensor:

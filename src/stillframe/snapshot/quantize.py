@@ -15,7 +15,7 @@ import torch
 from stillframe.patches import BLOCK, MatrixRun, bands, block_count, patches_of
 from stillframe.records import Blocks, Copy, Patch, QuantizedCopy, ScalesCopy
 from stillframe.snapshot.arena import Arena
-from stillframe.snapshot.maxima import SharedMaxima
+from stillframe.snapshot.peers import Peers
 
 PIECE_ELEMENTS = 1 << 18
 """How many elements are worked on at once, a row at least; each takes 4 bytes, and 1 as it is stored, beside the model
@@ -41,12 +41,10 @@ class _Grid:
 class Quantizer:
     """Fills the `copies` of matrices and of their scales; made once per layout, then only computes.
 
-    `shared_maxima` is needed where `blocks` are shared.
+    `peers` is needed where `blocks` are shared.
     """
 
-    def __init__(
-        self, copies: Sequence[Copy], blocks: Blocks, arena: Arena, shared_maxima: SharedMaxima | None
-    ) -> None:
+    def __init__(self, copies: Sequence[Copy], blocks: Blocks, arena: Arena, peers: Peers | None) -> None:
         weights: dict[str, list[QuantizedCopy]] = defaultdict(list)
         for copy in copies:
             if isinstance(copy, QuantizedCopy):
@@ -54,7 +52,7 @@ class Quantizer:
         self._scales = [copy for copy in copies if isinstance(copy, ScalesCopy)]
         self._blocks = blocks
         self._arena = arena
-        self._shared_maxima = shared_maxima
+        self._peers = peers
         self._grids: dict[str, _Grid] = {}
         self._count = 0
         for name, matrix in blocks.matrices.items():
@@ -79,7 +77,7 @@ class Quantizer:
     def copy(self, flat: Mapping[str, torch.Tensor]) -> None:
         """Quantize from `flat`, the local tensors by name, into the arena.
 
-        Where blocks are shared, blocks until all ranks have come (see `SharedMaxima`).
+        Where blocks are shared, blocks until all ranks have come (see `Peers`).
         """
         device = next((flat[name].device for name in sorted(self.tensors)), torch.device("cpu"))
         maxima = torch.zeros(self._count, dtype=torch.float32, device=device)
@@ -101,12 +99,12 @@ class Quantizer:
             target.copy_(scales[start : start + copy.element_count])
 
     def _share(self, maxima: torch.Tensor) -> None:
-        assert self._shared_maxima is not None, "blocks are shared only where there are other ranks"
+        assert self._peers is not None, "blocks are shared only where there are other ranks"
         table = torch.zeros(self._blocks.shared_count, dtype=torch.float32, device="cpu")
         own = self._own.to(maxima.device)
         table[self._table] = maxima[own].cpu()
         # As integers, numbers that are not negative have the same order, and NaN is the largest.
-        self._shared_maxima.largest(table.view(torch.int32).bitwise_and_(_NOT_SIGN))
+        self._peers.largest(table.view(torch.int32).bitwise_and_(_NOT_SIGN))
         maxima[own] = table[self._table].to(maxima.device)
 
     def _needed(self, weights: Mapping[str, Sequence[QuantizedCopy]]) -> Iterator[tuple[Patch, _Grid]]:
