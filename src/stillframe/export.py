@@ -17,9 +17,10 @@ from stillframe.layout.adapters import is_peft_model, plan_adapters, render_adap
 from stillframe.layout.casting import Cast
 from stillframe.layout.companions import render_companion, render_config
 from stillframe.layout.describing import describe_model
-from stillframe.layout.huggingface import HuggingFacePlan, plan_huggingface, unwrapped
+from stillframe.layout.huggingface import HuggingFacePlan, plan_huggingface
 from stillframe.layout.quantizing import quantization_config
 from stillframe.layout.renaming import KeyMapping
+from stillframe.layout.runtime import unwrapped
 from stillframe.names import MANIFEST_NAME, WORK_DIR_NAME
 from stillframe.patches import BLOCK
 from stillframe.records import Blocks, InlineFile, Layout

@@ -33,7 +33,8 @@ from transformers.utils import logging as transformers_logging
 import stillframe
 from stillframe.errors import ModelMismatch, UnsupportedModel
 from stillframe.layout.huggingface import plan_huggingface
-from stillframe.layout.keys import runtime_tensors, save_keys
+from stillframe.layout.keys import save_keys
+from stillframe.layout.runtime import runtime_tensors
 from stillframe.snapshot.arena import Arena
 from stillframe.snapshot.copy import Snapshotter
 from tests.models.tiny_models import classes_of_type, fill, model_class, tiny_model

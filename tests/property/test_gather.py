@@ -15,7 +15,7 @@ from stillframe.layout.gather import GatherPlan, plan_gathers
 from stillframe.layout.keys import Key, KeyMap
 from stillframe.layout.placement import Holdings
 from stillframe.layout.runs import Runs
-from tests.playing import playing
+from stillframe.testing.playing import playing
 
 MESHES = [(1,), (2,), (3,), (2, 2), (3, 2), (2, 2, 2)]
 NAMES = ("a", "b", "plain", "buffer")

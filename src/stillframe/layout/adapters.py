@@ -23,10 +23,12 @@ from transformers.dynamic_module_utils import custom_object_save
 from stillframe.errors import UnsupportedModel
 from stillframe.layout.casting import Cast, cast_keys
 from stillframe.layout.companions import rendered
-from stillframe.layout.huggingface import HuggingFacePlan, file_keys, lay_out_files, sketch_of, without_collections
-from stillframe.layout.keys import Key, KeyMap, without_tied
+from stillframe.layout.files import file_keys, lay_out_files
+from stillframe.layout.huggingface import HuggingFacePlan, sketch_of, without_collections
+from stillframe.layout.keys import Key, KeyMap
 from stillframe.layout.placement import Holdings
 from stillframe.layout.runs import Runs
+from stillframe.layout.runtime import without_tied
 from stillframe.layout.shares import rank_share
 from stillframe.names import is_unicode
 from stillframe.records import InlineFile

@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from stillframe.errors import UnsupportedModel
 from stillframe.layout.orientation import hub_orientation
+from stillframe.layout.tracing import storage_id
 from stillframe.wrappers import unsharded_classes, without_wrappers
 
 _PREFIX = "computed "
@@ -118,13 +119,13 @@ class _Dependencies(TorchFunctionMode):
 
     def __init__(self, inputs: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self._inputs = {_storage_id(tensor): frozenset((i,)) for i, tensor in enumerate(inputs.values())}
+        self._inputs = {storage_id(tensor): frozenset((i,)) for i, tensor in enumerate(inputs.values())}
         self._made: dict[int, frozenset[int]] = {}
         # Storages are identified by address; keeping the tensors alive keeps the addresses unique.
         self._alive: list[torch.Tensor] = []
 
     def of(self, tensor: torch.Tensor) -> frozenset[int]:
-        storage = _storage_id(tensor)
+        storage = storage_id(tensor)
         return self._inputs.get(storage, self._made.get(storage, frozenset()))
 
     def __torch_function__(
@@ -136,7 +137,7 @@ class _Dependencies(TorchFunctionMode):
         changed = [tensor for tensor, version in zip(given, versions, strict=True) if tensor._version != version]
         sources = frozenset[int]().union(*map(self.of, given))
         for tensor in (*_tensors_in(result), *changed):
-            storage = _storage_id(tensor)
+            storage = storage_id(tensor)
             if storage not in self._inputs:
                 self._made[storage] = self._made.get(storage, frozenset()) | sources
                 self._alive.append(tensor)
@@ -152,7 +153,3 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for member in value:
             yield from _tensors_in(member)
-
-
-def _storage_id(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

@@ -11,9 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from stillframe.errors import UnsupportedModel
-from stillframe.layout.huggingface import refuse_unsupported
-from stillframe.layout.keys import runtime_tensors, twins_on_meta
 from stillframe.layout.placement import Holdings
+from stillframe.layout.runtime import refuse_unsupported, runtime_tensors, twins_on_meta
 from stillframe.layout.stages import Stages, encode, in_whole_model, merged
 from stillframe.ties import tied_elsewhere
 from stillframe.tree import KeyPath, StateTree

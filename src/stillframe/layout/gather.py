@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from stillframe.errors import UnsupportedModel
 from stillframe.layout.computing import connected
-from stillframe.layout.keys import Key, KeyMap, is_too_scattered
+from stillframe.layout.keys import Key, KeyMap
 from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.runs import Runs
+from stillframe.layout.tracing import is_too_scattered
 from stillframe.layout.turned import outer_dims
 from stillframe.records import Gather, Gathered, Piece
 

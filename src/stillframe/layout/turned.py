@@ -12,9 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from stillframe.layout.keys import Key, KeyMap, refuse_scattered
+from stillframe.layout.keys import Key, KeyMap
 from stillframe.layout.placement import Holding
 from stillframe.layout.runs import strided
+from stillframe.layout.tracing import refuse_scattered
 
 
 def settle_turned(key_map: KeyMap, tensors: Mapping[str, torch.Tensor], holdings: Mapping[str, Holding]) -> KeyMap:

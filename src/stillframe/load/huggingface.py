@@ -13,10 +13,10 @@ from torch import nn
 
 from stillframe.errors import ModelMismatch, UnsupportedModel
 from stillframe.layout.adapters import is_peft_model
-from stillframe.layout.huggingface import unwrapped
 from stillframe.layout.placement import Holding
 from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.runs import Runs, overlap
+from stillframe.layout.runtime import unwrapped
 from stillframe.load.dequantizing import find_quantized
 from stillframe.load.directory import WeightFile, weights_in
 from stillframe.load.folder import Folder, listed, open_folder

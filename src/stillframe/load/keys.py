@@ -28,9 +28,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from stillframe.layout.keys import Tracer, is_scattered, runtime_tensors, save_keys
+from stillframe.layout.keys import save_keys
 from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.runs import Runs
+from stillframe.layout.runtime import runtime_tensors
+from stillframe.layout.tracing import Tracer, is_scattered
 from stillframe.load.safetensors import StoredTensor
 from stillframe.wrappers import unsharded_classes
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stillframe.layout.keys import address
 from stillframe.layout.runs import Runs
+from stillframe.layout.runtime import address
 from stillframe.load.folder import listed
 from stillframe.load.keys import LoadKeys
 from stillframe.load.safetensors import StoredTensor

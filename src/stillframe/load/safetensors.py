@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from stillframe.errors import CorruptCheckpoint
-from stillframe.layout.huggingface import MAX_HEADER_BYTES, SAFETENSORS_DTYPES
+from stillframe.layout.files import MAX_HEADER_BYTES, SAFETENSORS_DTYPES
 from stillframe.names import is_unicode
 
 LENGTH_BYTES = 8

@@ -12,8 +12,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 import stillframe
 from stillframe.errors import OptionError, UnsupportedModel
-from stillframe.layout.keys import runtime_tensors, save_keys
+from stillframe.layout.keys import save_keys
 from stillframe.layout.orientation import hub_orientation, order_of_dims
+from stillframe.layout.runtime import runtime_tensors
 from stillframe.testing.models import tiny_qwen3_moe, tiny_qwen3_vl_moe
 
 

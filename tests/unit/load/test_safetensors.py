@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from stillframe.errors import CorruptCheckpoint
-from stillframe.layout.huggingface import MAX_HEADER_BYTES, SAFETENSORS_DTYPES
+from stillframe.layout.files import MAX_HEADER_BYTES, SAFETENSORS_DTYPES
 from stillframe.load.safetensors import StoredTensor, header_length, parse_header
 
 
