@@ -96,8 +96,8 @@ class ExportConfig:
     Without `hf_interval` there is one, at the end; with it, one at each multiple and one at the last step. Without
     `hf_max_keep`, or with -1, all are kept. With `async_hf_export = false` training waits for each. `save_dtype` casts
     or quantizes the weights in the export, as the Checkpointer's option does, but for those that `keep_in_fp32` and
-    `keep_in_bf16` name, by regular expressions. `on_failure` says what a failed export leads to; with "continue" at
-    most `max_failures` in a row.
+    `keep_in_bf16` name, by regular expressions. `layout` and `file_naming` are the Checkpointer's, too. `on_failure`
+    says what a failed export leads to; with "continue" at most `max_failures` in a row.
     """
 
     hf_interval: int | None = key(rules.integer(at_least=1), None)
@@ -107,6 +107,8 @@ class ExportConfig:
     save_dtype: str | None = key(rules.one_of("bfloat16", "fp8"), None)
     keep_in_fp32: tuple[str, ...] = key(rules.list_of(rules.pattern, of_what="regular expressions"), ())
     keep_in_bf16: tuple[str, ...] = key(rules.list_of(rules.pattern, of_what="regular expressions"), ())
+    layout: Literal["transformers", "hub"] = key(rules.one_of("transformers", "hub"), "transformers")
+    file_naming: Literal["standard", "per_rank"] = key(rules.one_of("standard", "per_rank"), "standard")
     on_failure: Literal["raise", "abort", "continue"] = key(rules.one_of("raise", "abort", "continue"), "raise")
     max_failures: int = key(rules.integer(at_least=1), 3)
 

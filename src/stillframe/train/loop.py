@@ -103,6 +103,8 @@ class Trainer:
             save_dtype=export.save_dtype,
             keep_in_fp32=export.keep_in_fp32,
             keep_in_bf16=export.keep_in_bf16,
+            layout=export.layout,
+            file_naming=export.file_naming,
             hf_max_keep=export.hf_max_keep,
             checkpoint_maxkeep=checkpoint.checkpoint_maxkeep,
             publish_together=checkpoint.publish_together,

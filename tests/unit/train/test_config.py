@@ -58,6 +58,8 @@ KEYS: list[tuple[str, object, list[object]]] = [
     ("export.save_dtype", "bfloat16", ["fp16", "float8_e4m3fn", 8]),
     ("export.keep_in_fp32", ["norm"], ["norm", [1], ["("]]),
     ("export.keep_in_bf16", ["visual", "down_proj$"], ["visual", [None], ["*"]]),
+    ("export.layout", "hub", ["Hub", None, 1]),
+    ("export.file_naming", "per_rank", ["rank", True]),
     ("checkpoint.checkpoint_interval", -1, [0, -2, 1.5, "10"]),
     ("checkpoint.checkpoint_maxkeep", 3, [0, -2, True]),
     ("checkpoint.snapshot_interval", 10, [0, -1, "10"]),
