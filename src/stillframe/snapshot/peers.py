@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -62,7 +63,8 @@ class Peers:
     def close(self) -> None:
         group, self._group = self._group, None
         if group is not None and dist.is_initialized():
-            dist.destroy_process_group(group)
+            with suppress(ValueError):  # the job's groups, this one with them, were destroyed and made anew since
+                dist.destroy_process_group(group)
 
     def _all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         self.was_met = True
