@@ -6,7 +6,6 @@ The names below are loaded on first use, so that the writer process, which impor
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +13,8 @@ if TYPE_CHECKING:
     from stillframe.load.huggingface import load_hf
     from stillframe.load.verifying import verify
 
-__version__ = version("stillframe")
+    __version__: str
+
 __all__ = ["Checkpointer", "__version__", "load_hf", "verify"]
 
 _HOMES = {
@@ -29,6 +29,10 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # it takes longer to import than all else that a writer needs of us
+
+        return version("stillframe")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'stillframe' has no attribute {name!r}")

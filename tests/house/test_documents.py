@@ -16,7 +16,7 @@ NOT_OURS = {".git", ".hypothesis", ".venv", "__pycache__", "build", "dist", "run
 def files_of_the_project() -> Iterator[Path]:
     for folder, folders, names in os.walk(ROOT_DIR):
         folders[:] = [name for name in folders if name not in NOT_OURS and not name.endswith(("_cache", ".egg-info"))]
-        yield from (Path(folder) / name for name in names)
+        yield from (Path(folder) / name for name in names if name != ".git")  # a file, in a work tree of git
 
 
 def shell_blocks(text: str) -> list[list[str]]:
@@ -72,11 +72,17 @@ def test_every_link_between_documents_leads_somewhere() -> None:
     broken = []
     for path in files_of_the_project():
         if path.suffix == ".md":
-            targets = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text())
-            broken += [
-                f"{path.relative_to(ROOT_DIR)}: {target}" for target in targets if not (path.parent / target).exists()
-            ]
+            for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", path.read_text()):
+                target = path.parent / file if file else path
+                if not target.exists() or (anchor and anchor not in anchors_of(target)):
+                    broken.append(f"{path.relative_to(ROOT_DIR)}: {file}#{anchor}")
     assert broken == []
+
+
+def anchors_of(document: Path) -> set[str]:
+    """What links can name in it, as GitHub makes it of headings."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_no_file_names_a_place_on_somebodys_machine() -> None:

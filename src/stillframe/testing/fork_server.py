@@ -18,7 +18,7 @@ _PRELOADED = (
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "transformers",
-    "stillframe.testing.models",
+    "stillframe.testing.warm",
 )
 # Threads do not survive a fork, so the server must start none. And it must ask NVML for devices, not CUDA: a driver
 # that was initialised before a fork cannot be used after it.
