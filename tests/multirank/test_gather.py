@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 import stillframe
 from stillframe.errors import SaveFailed
-from stillframe.layout import gather, keys
+from stillframe.layout import gather, tracing
 from stillframe.manifest import read_manifest
 from stillframe.testing import run_ranks
 from stillframe.testing.models import tiny_qwen3_vl_moe
@@ -116,7 +116,7 @@ def test_computed_keys_are_those_of_the_unsharded_save(way: str, tmp_path: Path)
 
 
 def _save_for_the_hub(run_dir: Path, most_elements: int) -> int:
-    keys._MAX_SINGLE_ELEMENTS, gather.BUCKET_BYTES = most_elements, BUCKET_BYTES
+    tracing._MAX_SINGLE_ELEMENTS, gather.BUCKET_BYTES = most_elements, BUCKET_BYTES
     model = tiny_qwen3_vl_moe()
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.language_model.layers:
