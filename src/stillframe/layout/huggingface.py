@@ -142,7 +142,7 @@ def _plan(
         twins = {name: member.twin() for name, member in stages.items()}
         parameters = {id(tensors[name]): math.prod(m.shape) for name, m in stages.items() if m.is_parameter}
         in_order = [tensors[name] for name, member in stages.items() if member.is_parameter]
-        total_parameters = sum(parameters.values()) + _uncounted(stages)
+        total_parameters = sum(parameters.values()) + stages.uncounted
     key_map = save_keys(whole, tensors, key_mapping, twins, hub_layout=hub_layout)
     if cast is not None:
         key_map = cast_keys(model, tensors, key_map, cast, parameters.keys())
@@ -225,8 +225,3 @@ def sketch_of(tensors: Mapping[str, torch.Tensor], holdings: Mapping[str, Holdin
             for index, (name, tensor) in enumerate(tensors.items())
         ]
     )
-
-
-def _uncounted(stages: Stages) -> int:
-    """The elements of parameters that are not saved; of those that several stages have, once."""
-    return sum({name: count for extra in stages.extras for name, count in extra["uncounted"].items()}.values())
