@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,7 +15,7 @@ from stillframe.errors import OptionError, UnsupportedModel
 from stillframe.layout.adapters import is_peft_model, plan_adapters, render_adapters, saved_adapters
 from stillframe.layout.casting import Cast
 from stillframe.layout.companions import render_companion, render_config
-from stillframe.layout.describing import describe_model
+from stillframe.layout.describing import describe_adapters, describe_model
 from stillframe.layout.huggingface import HuggingFacePlan, plan_huggingface
 from stillframe.layout.quantizing import quantization_config
 from stillframe.layout.renaming import KeyMapping
@@ -77,8 +76,7 @@ class Export:
         self._world_size = world_size
         self._stages = None
         if exchange is not None:
-            describe = partial(describe_model, model, rank=rank, world_size=world_size)
-            self._stages = KnownStages(exchange, describe)
+            self._stages = KnownStages(exchange, self._describe)
         self._companion_files: tuple[InlineFile, ...] = ()
         self._plan: HuggingFacePlan | None = None
         self._watched: Watched | None = None
@@ -125,8 +123,6 @@ class Export:
         )
 
     def _plan_adapters(self, plan_id: int) -> HuggingFacePlan:
-        if self._stages is not None:
-            raise OptionError("pipeline=True does not go with adapters yet")
         if self._key_mapping is not None:
             raise OptionError(
                 "key_mapping has no place in the export of adapters, whose keys PEFT looks for; leave it out"
@@ -146,10 +142,15 @@ class Export:
             rank=self._rank,
             world_size=self._world_size,
             plan_id=plan_id,
+            stages=None if self._stages is None else self._stages.now(),
         )
         if self._rank == 0:
             render_adapters(self._model)  # likewise: better found now than at a save
         return plan
+
+    def _describe(self) -> str:
+        describe = describe_adapters if saved_adapters(self._model) else describe_model
+        return describe(self._model, rank=self._rank, world_size=self._world_size)
 
     def meet(self) -> None:
         """Where each rank has a stage, exchange what they have; every rank calls this. Blocks until all have."""

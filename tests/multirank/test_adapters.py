@@ -14,12 +14,13 @@ from torch.distributed.tensor import DTensor
 
 import stillframe
 from stillframe.cli.inspecting import inspect
-from stillframe.errors import SaveFailed
+from stillframe.errors import LayoutError, SaveFailed
 from stillframe.manifest import read_manifest
 from stillframe.testing import run_process, run_ranks
 from stillframe.testing.models import tiny_qwen3
 from tests.multirank.adapters import ADAPTED, adapted, distribute_adapted, lora, quiet_about_embeddings, reference
 from tests.multirank.exports import digests
+from tests.multirank.stages import stage_of
 
 
 def export_all(base_dir: Path, how: str, names: list[str]) -> list[list[int]]:
@@ -44,6 +45,47 @@ def export_all(base_dir: Path, how: str, names: list[str]) -> list[list[int]]:
             assert found.pop("stillframe.json")
             assert found == expected, name
     return sizes
+
+
+STAGED = {"dora and modules": "50GB", "several": "50GB", "transformers": "8KB"}
+"""Models, and the size of their files."""
+
+
+def export_stages(base_dir: Path) -> None:
+    for name, size in STAGED.items():
+        model, run_dir = adapted(name), base_dir / name
+        stage_of(model.base_model.model if isinstance(model, PeftModel) else model, "pp2", dist.get_rank())
+        with stillframe.Checkpointer(
+            run_dir, model=model, pipeline=True, save_frozen=False, max_shard_size=size, save_timeout_s=60
+        ) as ckpt:
+            ckpt.save_hf(7)
+            if name == "several":
+                ckpt.save_both(8)
+        if dist.get_rank() == 0:
+            reference(base_dir / f"{name} reference", name, max_shard_size=size)
+            expected = digests(base_dir / f"{name} reference")
+            for step in (7, 8) if name == "several" else (7,):
+                found = digests(run_dir / f"hf-{step}")
+                assert found.pop("stillframe.json")
+                assert found == expected, (name, step)
+
+
+def test_stages_of_a_pipeline_save_what_peft_saves_of_the_whole_model(tmp_path: Path) -> None:
+    run_ranks(2, export_stages, tmp_path)
+    assert len(list((tmp_path / "transformers" / "hf-7").glob("adapter_model-*.safetensors"))) > 1
+
+
+def adapters_on_one_stage(run_dir: Path) -> None:
+    model: Any = tiny_qwen3()
+    if dist.get_rank() == 1:
+        model.add_adapter(lora())
+    model = stage_of(model, "pp2", dist.get_rank())
+    with pytest.raises(LayoutError, match="rank 0 has a Qwen3ForCausalLM and rank 1 a Qwen3ForCausalLM with adapters"):
+        stillframe.Checkpointer(run_dir, model=model, pipeline=True, save_timeout_s=60)
+
+
+def test_adapters_on_one_stage_alone_are_refused(tmp_path: Path) -> None:
+    run_ranks(2, adapters_on_one_stage, tmp_path)
 
 
 def test_one_process_saves_what_peft_saves(tmp_path: Path) -> None:

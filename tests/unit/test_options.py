@@ -183,12 +183,6 @@ def test_a_run_directory_stays_where_it_was_when_the_script_moves(
     assert run_directory(run_dir) == run_dir
 
 
-@pytest.mark.parametrize("other", [{"save_dtype": "fp8"}, {"layout": "hub"}])
-def test_what_stages_of_a_pipeline_do_not_go_with(other: dict[str, str]) -> None:
-    with pytest.raises(OptionError, match="pipeline=True goes neither with"):
-        CheckpointerOptions(run_dir=RUN, pipeline=True, **other)
-
-
 @pytest.mark.parametrize("save_dtype", [None, "bfloat16"])
 def test_what_stays_in_bf16_needs_fp8(save_dtype: str | None) -> None:
     with pytest.raises(OptionError, match="keep_in_bf16 has no effect without save_dtype='fp8'"):

@@ -10,6 +10,7 @@ Sources: peft `peft_model.py` (`PeftModel.save_pretrained`), `utils/save_and_loa
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ from stillframe.layout.placement import Holdings
 from stillframe.layout.runs import Runs
 from stillframe.layout.runtime import without_tied
 from stillframe.layout.shares import rank_share
+from stillframe.layout.stages import Stages, merged
 from stillframe.names import is_unicode
 from stillframe.records import InlineFile
 from stillframe.wrappers import unsharded_classes, without_wrappers
@@ -66,30 +68,42 @@ def saved_adapters(module: nn.Module) -> tuple[str, ...]:
 
 
 def plan_adapters(
-    model: nn.Module, *, max_shard_bytes: int, rank: int, world_size: int, plan_id: int, cast: Cast | None = None
+    model: nn.Module,
+    *,
+    max_shard_bytes: int,
+    rank: int,
+    world_size: int,
+    plan_id: int,
+    cast: Cast | None = None,
+    stages: Stages | None = None,
 ) -> HuggingFacePlan:
     """Lay the adapters of `model` out as `save_pretrained` does, and find this rank's share; the plan has no tensor of
     the model but those.
 
-    `cast` as in `plan_huggingface`. PEFT may look at the base model's config, where that was loaded from, to see
-    whether embeddings were resized; otherwise there is no communication, and no data is read. Raises LayoutError naming
-    the adapter or tensor.
+    `cast` and `stages` (of what `describing.describe_adapters` describes) are as in `plan_huggingface`. PEFT may look
+    at the base model's config, where that was loaded from, to see whether embeddings were resized; otherwise there is
+    no communication, and no data is read. Raises LayoutError naming the adapter or tensor.
     """
     with without_wrappers(model), without_collections():
-        state = model.state_dict(keep_vars=True)
-        with unsharded_classes(model):
-            selection = _selection(model, state)
-        tensors = {name: state[name] for name in dict.fromkeys(n for keys in selection.values() for n in keys.values())}
-        _refuse_unready(model, tensors)
+        selection, tensors = selected_tensors(model)
+        parameters = {id(p): p.numel() for p in model.parameters()}
+        total_parameters = sum(parameters.values())
+        if stages is not None:
+            selection, tensors = _selection_of_all(stages), stages.completed(tensors)
+            parameters = {id(tensors[name]): math.prod(m.shape) for name, m in stages.items() if m.is_parameter}
+            total_parameters = sum(parameters.values()) + stages.uncounted
+        if not tensors:
+            raise UnsupportedModel(
+                f"{type(model).__name__}: its adapters have no tensors, so there is nothing to export"
+            )
         sources = tuple(tensors)
-        files, index = _files(model, selection, tensors, max_shard_bytes)
-        parameters = {id(p) for p in model.parameters()}
+        files, index = _files(model, selection, tensors, max_shard_bytes, total_parameters)
         if cast is not None:
             files = [
-                (n, cast_keys(model, tensors, KeyMap(sources=sources, keys=tuple(k)), cast, parameters).keys)
+                (n, cast_keys(model, tensors, KeyMap(sources=sources, keys=tuple(k)), cast, parameters.keys()).keys)
                 for n, k in files
             ]
-        held = Holdings(rank=rank, world_size=world_size)
+        held = Holdings(rank=rank, world_size=world_size, stages=stages)
         holdings = {name: held.of(name, t, is_parameter=id(t) in parameters) for name, t in tensors.items()}
         layout, items = lay_out_files(
             files,
@@ -126,8 +140,30 @@ def render_adapters(model: nn.Module) -> tuple[InlineFile, ...]:
     return tuple(file for file in files if not file.name.endswith(".safetensors"))
 
 
+def selected_tensors(model: nn.Module) -> tuple[dict[str, dict[str, str]], dict[str, torch.Tensor]]:
+    """Of each adapter that is saved: key -> name of the tensor that it is, in PEFT's order; and these tensors. For
+    inside of `without_wrappers`. Raises LayoutError naming the adapter or tensor."""
+    state = model.state_dict(keep_vars=True)
+    with unsharded_classes(model):
+        selection = _selection(model, state)
+    tensors = {name: state[name] for name in dict.fromkeys(n for keys in selection.values() for n in keys.values())}
+    _refuse_unready(model, tensors)
+    return selection, tensors
+
+
+def _selection_of_all(stages: Stages) -> dict[str, dict[str, str]]:
+    """What the stages of a pipeline selected, together."""
+    parts = [extra["adapters"] for extra in stages.extras]
+    return {
+        adapter: {
+            key: next(part[adapter][key] for part in parts if key in part.get(adapter, ()))
+            for key in merged([list(part.get(adapter, ())) for part in parts])
+        }
+        for adapter in merged([list(part) for part in parts])
+    }
+
+
 def _selection(model: nn.Module, state: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Of each adapter that is saved: key -> name of the tensor that it is, in PEFT's order."""
     names = saved_adapters(model)
     if is_peft_model(model):
         return {name: _keys_of(model, name, state) for name in names}
@@ -174,6 +210,7 @@ def _files(
     selection: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, torch.Tensor],
     max_shard_bytes: int,
+    total_parameters: int,
 ) -> tuple[list[tuple[str, Sequence[Key]]], tuple[InlineFile, ...]]:
     """The keys of each file, by its name; PEFT makes one file of an adapter, transformers maybe several."""
     source_of = {name: number for number, name in enumerate(tensors)}
@@ -183,7 +220,6 @@ def _files(
     }
     if not is_peft_model(model):
         (keys,) = keys_of.values()
-        total_parameters = sum(p.numel() for p in model.parameters())
         return file_keys(keys, max_shard_bytes, stem=_STEM, total_parameters=total_parameters)
     return [(_folder(adapter) + f"{_STEM}.safetensors", keys) for adapter, keys in keys_of.items()], ()
 
@@ -219,8 +255,6 @@ def _refuse_unready(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> No
             f"{type(model).__name__}: {len(unready)} tensors of its adapters have no values yet (meta device), such as "
             f"{unready[0]}"
         )
-    if not tensors:
-        raise UnsupportedModel(f"{type(model).__name__}: its adapters have no tensors, so there is nothing to export")
 
 
 def _save_beside_peft(model: Any, directory: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -66,9 +66,12 @@ def kept_by_transformers(model: nn.Module, *attributes: str) -> list[re.Pattern[
     return [re.compile(m.replace("*", ".*")) for m in sorted(named)]
 
 
-def saved_dtype(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], keys: KeyMap) -> torch.dtype:
-    """What config.json says: the dtype that the model's first floating-point parameter has in the files."""
-    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+def saved_dtype(
+    model: PreTrainedModel, parameters: Iterable[torch.Tensor], tensors: Mapping[str, torch.Tensor], keys: KeyMap
+) -> torch.dtype:
+    """What config.json says: the dtype that the first floating-point one of the model's `parameters`, which are some of
+    `tensors`, has in the files."""
+    first = next((p for p in parameters if p.is_floating_point()), None)
     for index, name in enumerate(keys.sources):
         if tensors.get(name) is first:
             for key in keys.keys:

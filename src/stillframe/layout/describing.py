@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from stillframe.errors import UnsupportedModel
+from stillframe.layout.adapters import selected_tensors
 from stillframe.layout.placement import Holdings
 from stillframe.layout.runtime import refuse_unsupported, runtime_tensors, twins_on_meta
 from stillframe.layout.stages import Stages, encode, in_whole_model, merged
@@ -30,6 +31,22 @@ def describe_model(model: nn.Module, *, rank: int, world_size: int) -> str:
     ids = {id(parameter) for parameter in parameters.values()}
     is_parameter = {name: id(tensor) in ids for name, tensor in tensors.items()}
     return _described(model, tensors, is_parameter, {"uncounted": uncounted}, rank=rank, world_size=world_size)
+
+
+def describe_adapters(model: nn.Module, *, rank: int, world_size: int) -> str:
+    """This rank's part of a model with PEFT's adapters, of which only these are exported. Raises like a plan."""
+    with without_wrappers(model):
+        selection, tensors = selected_tensors(model)
+        parameters = in_whole_model(model, dict(model.named_parameters()))
+    ids = {id(parameter) for parameter in parameters.values()}
+    saved = {id(tensor) for tensor in tensors.values()}
+    extra = {
+        "adapters": selection,
+        "uncounted": {name: p.numel() for name, p in parameters.items() if id(p) not in saved},
+    }
+    is_parameter = {name: id(tensor) in ids for name, tensor in tensors.items()}
+    # So that a rank without adapters does not pass for one with them.
+    return _described(model, tensors, is_parameter, extra, rank=rank, world_size=world_size, kind=" with adapters")
 
 
 def describe_tree(model: nn.Module, tree: StateTree, *, rank: int, world_size: int) -> str:
@@ -57,12 +74,13 @@ def _described(
     *,
     rank: int,
     world_size: int,
+    kind: str = "",
 ) -> str:
     held = Holdings(rank=rank, world_size=world_size, any_mesh=True)
     twins = twins_on_meta(tensors)
     cls = type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)
     return encode(
-        cls.__name__,
+        cls.__name__ + kind,
         {
             name: (twins[name], is_parameter[name], held.distribution(name, t) if isinstance(t, DTensor) else None)
             for name, t in tensors.items()

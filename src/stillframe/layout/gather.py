@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from stillframe.errors import UnsupportedModel
 from stillframe.layout.computing import connected
@@ -46,19 +45,6 @@ class GatherPlan:
     owner_of: Mapping[int, int]
     summary: Gathered | None
     exchanges: bool
-
-    @staticmethod
-    def of_none(tensors: Mapping[str, torch.Tensor], holdings: Mapping[str, Holding]) -> GatherPlan:
-        """Every rank writes what it holds."""
-        return GatherPlan(
-            gathers=(),
-            tensors=tensors,
-            holdings=holdings,
-            owned=frozenset(),
-            owner_of={},
-            summary=None,
-            exchanges=False,
-        )
 
 
 def plan_gathers(
@@ -93,16 +79,15 @@ def plan_gathers(
     owner_of: dict[int, int] = {}
     gathers: list[Gather] = []
     gathered: list[str] = []
-    loads = [(0, number) for number in range(world_size)]
+    owners = _Owners(world_size)
     groups = [group for group in connected(sources) if not wanted.isdisjoint(group)] if wanted else []
     groups.sort(key=lambda group: -_bytes_of(key_map.keys[number] for number in group))  # equal ones stay in order
     for place, group in enumerate(groups):
         keys = [key_map.keys[number] for number in group]
-        load, owner = loads[0]
-        heapq.heapreplace(loads, (load + _bytes_of(keys), owner))
+        used = [names[index] for index in sorted({index for number in group for index in sources[number]})]
+        owner = owners.next(_candidates(used, planner.tensors, held), _bytes_of(keys))
         owner_of |= dict.fromkeys(group, owner)
-        moving = sorted({index for number in group for index in sources[number]})
-        if planner.gather(place, owner, keys, [names[index] for index in moving], gathers):
+        if planner.gather(place, owner, keys, used, gathers):
             gathered += [key.name for key in keys]
     return GatherPlan(
         gathers=tuple(gathers),
@@ -113,6 +98,32 @@ def plan_gathers(
         exchanges=planner.exchanges,
         summary=Gathered(keys=tuple(sorted(gathered)), bucket_bytes=BUCKET_BYTES) if gathered else None,
     )
+
+
+class _Owners:
+    """Hands out keys so that no rank makes much more than the others: each to the one of its candidates that has least
+    so far, the lowest of those."""
+
+    def __init__(self, world_size: int) -> None:
+        self._loads = [0] * world_size
+        self._heaps: dict[int, list[tuple[int, int]]] = {}  # by the candidates, which many keys share
+
+    def next(self, candidates: tuple[int, ...], size_bytes: int) -> int:
+        """The owner of keys of that size. `candidates`, ascending, are the same object where they are the same."""
+        heap = self._heaps.setdefault(id(candidates), [(0, rank) for rank in candidates])
+        while heap[0][0] != self._loads[heap[0][1]]:  # has got something as a candidate among others
+            heapq.heapreplace(heap, (self._loads[heap[0][1]], heap[0][1]))
+        owner = heap[0][1]
+        self._loads[owner] += size_bytes
+        heapq.heapreplace(heap, (self._loads[owner], owner))
+        return owner
+
+
+def _candidates(names: Sequence[str], tensors: Mapping[str, torch.Tensor], held: Holdings) -> tuple[int, ...]:
+    """The ranks that hold the largest of the tensors `names`, the first of equal ones: in a pipeline, those of a stage.
+    Of keys that are made of nothing, all."""
+    largest = max(names, key=lambda name: tensors[name].numel() * tensors[name].element_size(), default="")
+    return held.holders(largest)
 
 
 class _Planner:
@@ -166,10 +177,10 @@ class _Planner:
 
     def _is_whole_on(self, name: str, owner: int) -> bool:
         """The same on all ranks, unlike what each of them knows of its own part."""
-        tensor = self.tensors[name]
-        if not isinstance(tensor, DTensor):
-            return owner == 0 or name not in self._buffers
-        return not self._held.cut_dims(name, tensor)
+        tensor, holders = self.tensors[name], self._held.holders(name)
+        if self._held.placed(name, tensor) is None:
+            return owner == holders[0] or (owner in holders and name not in self._buffers)
+        return owner in holders and not self._held.cut_dims(name, tensor)
 
     def _pieces(self, name: str, owner: int, place: int) -> list[Piece]:
         """What the owner gets of a tensor, and has itself, or what this rank sends it."""

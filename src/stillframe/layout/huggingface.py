@@ -15,12 +15,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stillframe.errors import UnsupportedModel
 from stillframe.layout.casting import Cast, cast_keys, saved_dtype
 from stillframe.layout.computing import Conversion
 from stillframe.layout.files import lay_out
-from stillframe.layout.gather import GatherPlan, plan_gathers
-from stillframe.layout.keys import Key, KeyMap, save_keys
+from stillframe.layout.gather import plan_gathers
+from stillframe.layout.keys import Key, save_keys
 from stillframe.layout.per_rank import own_files
 from stillframe.layout.placement import Holding, Holdings
 from stillframe.layout.quantizing import held_blocks, quantize_keys
@@ -30,6 +29,7 @@ from stillframe.layout.runtime import refuse_unsupported, runtime_tensors
 from stillframe.layout.shares import PlacedItem, rank_share
 from stillframe.layout.stages import Stages, in_whole_model
 from stillframe.layout.turned import settle_turned
+from stillframe.layout.whole import tensors_of_whole, whole_model
 from stillframe.records import Blocks, Gather, Layout, RankShare
 from stillframe.sketch import Sketch
 from stillframe.wrappers import without_wrappers
@@ -134,42 +134,42 @@ def _plan(
     tensors = runtime_tensors(model)
     parameters = {id(p): p.numel() for p in model.parameters()}
     total_parameters = sum(parameters.values())
-    twins = None
+    twins, whole = None, model
+    in_order: list[torch.Tensor] = list(model.parameters())
     if stages is not None:
+        whole = whole_model(model)
         tensors = stages.completed(in_whole_model(model, tensors))
         twins = {name: member.twin() for name, member in stages.items()}
         parameters = {id(tensors[name]): math.prod(m.shape) for name, m in stages.items() if m.is_parameter}
-        total_parameters = sum(parameters.values()) + _uncounted(stages)
-    key_map = save_keys(model, tensors, key_mapping, twins, hub_layout=hub_layout)
+        in_order = [tensors[name] for name, member in stages.items() if member.is_parameter]
+        total_parameters = sum(parameters.values()) + stages.uncounted
+    key_map = save_keys(whole, tensors, key_mapping, twins, hub_layout=hub_layout)
     if cast is not None:
         key_map = cast_keys(model, tensors, key_map, cast, parameters.keys())
     config_dtype = None
     if isinstance(model, PreTrainedModel):
-        config_dtype = model.dtype if cast is None else saved_dtype(model, tensors, key_map)
+        config_dtype = model.dtype if cast is None else saved_dtype(model, in_order, tensors, key_map)
     left_alone = None
     if cast is not None and cast.fp8_but is not None:
-        key_map, left_alone = quantize_keys(model, tensors, key_map, (*cast.keep, *cast.fp8_but))
-    if stages is not None:
-        _refuse_computed(key_map)
+        of_whole = tensors if whole is model or stages is None else tensors_of_whole(whole, stages)
+        key_map, left_alone = quantize_keys(whole, of_whole, key_map, (*cast.keep, *cast.fp8_but))
     held = Holdings(rank=rank, world_size=world_size, stages=stages)
     holdings: Mapping[str, Holding] = {
         name: held.of(name, tensor, is_parameter=id(tensor) in parameters) for name, tensor in tensors.items()
     }
-    gathered = GatherPlan.of_none(tensors, holdings)
-    if stages is None:
-        gathered = plan_gathers(
-            key_map,
-            tensors,
-            held,
-            holdings,
-            rank=rank,
-            world_size=world_size,
-            buffers=frozenset(name for name, tensor in tensors.items() if id(tensor) not in parameters),
-            every_key=per_rank,
-        )
+    gathered = plan_gathers(
+        key_map,
+        tensors,
+        held,
+        holdings,
+        rank=rank,
+        world_size=world_size,
+        buffers=frozenset(name for name, tensor in tensors.items() if id(tensor) not in parameters),
+        every_key=per_rank,
+    )
     tensors, holdings = dict(gathered.tensors), gathered.holdings
     exchanged = ReshufflePlan.of_none(holdings)
-    if may_reshuffle and stages is None:
+    if may_reshuffle:
         exchanged = plan_reshuffles(key_map, tensors, holdings, held, leave=gathered.owned)
     key_map, holdings = settle_turned(key_map, tensors, holdings), exchanged.holdings
     own = None
@@ -205,20 +205,11 @@ def _plan(
         blocks=None if left_alone is None else held_blocks(key_map, tensors, held, holdings),
         left_alone=left_alone,
         gathers=gathered.gathers,
-        conversion=Conversion(model, hub_layout=hub_layout),
+        conversion=Conversion(whole, hub_layout=hub_layout),
         exchanges=gathered.exchanges or exchanged.summary is not None,
         owned=gathered.owned,
         file_ranks=file_ranks,
     )
-
-
-def _refuse_computed(key_map: KeyMap) -> None:
-    for key in key_map.keys:
-        if key.made_of:
-            raise UnsupportedModel(
-                f"{key.name} is not made of renames, slices and concatenations of tensors (its conversion computes new "
-                "values), which stillframe does not support in stages of a pipeline yet"
-            )
 
 
 def sketch_of(tensors: Mapping[str, torch.Tensor], holdings: Mapping[str, Holding], keys: Iterable[Key]) -> Sketch:
@@ -234,8 +225,3 @@ def sketch_of(tensors: Mapping[str, torch.Tensor], holdings: Mapping[str, Holdin
             for index, (name, tensor) in enumerate(tensors.items())
         ]
     )
-
-
-def _uncounted(stages: Stages) -> int:
-    """The elements of parameters that are not saved; of those that several stages have, once."""
-    return sum({name: count for extra in stages.extras for name, count in extra["uncounted"].items()}.values())

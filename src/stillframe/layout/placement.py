@@ -92,7 +92,7 @@ class Holdings:
     """
 
     def __init__(self, *, rank: int, world_size: int, stages: Stages | None = None, any_mesh: bool = False) -> None:
-        self._rank = rank
+        self.rank = rank
         self._everyone = tuple(range(world_size))
         self._stages = stages
         self._any_mesh = any_mesh or stages is not None
@@ -109,12 +109,12 @@ class Holdings:
         and a file must not mix them. Raises UnsupportedPlacement where the distribution cannot be described exactly.
         """
         member = None if self._stages is None else self._stages[name]
-        if member is not None and self._rank not in member.holders:
-            return Holding(runs=Runs.of([]), replicas=(self._rank,), signature=member.signature)
+        if member is not None and self.rank not in member.holders:
+            return Holding(runs=Runs.of([]), replicas=(self.rank,), signature=member.signature)
         if not isinstance(tensor, DTensor):
             replicas = self._everyone if member is None else member.holders
             replicas = replicas if is_parameter else replicas[:1]
-            held = tensor.numel() and self._rank in replicas
+            held = tensor.numel() and self.rank in replicas
             whole = Runs.of([(0, 0, 0, tensor.numel())] if held else [])
             signature = f"replicas={len(replicas)}" if member is None else member.signature
             return Holding(runs=whole, replicas=replicas, signature=signature)
@@ -131,8 +131,8 @@ class Holdings:
         A tensor without elements is one box, held by all. Raises UnsupportedPlacement like `of`.
         """
         member = None if self._stages is None else self._stages[name]
-        is_held = member is None or self._rank in member.holders
-        everybody = self._rank == 0 if everybody is None else everybody
+        is_held = member is None or self.rank in member.holders
+        everybody = self.rank == 0 if everybody is None else everybody
         if tensor.numel() and (isinstance(tensor, DTensor) if member is None else member.distribution is not None):
             if not is_held and not everybody:
                 return Spread(parts=(), signature="" if member is None else member.signature)
@@ -151,7 +151,7 @@ class Holdings:
             replicas = holders[:1] if rank_0_only else holders
             origin = (0,) * len(shape)
             whole = Box(offsets=origin, sizes=shape, local_offsets=origin, local_shape=shape)
-            is_planned = everybody or self._rank in replicas
+            is_planned = everybody or self.rank in replicas
             parts = (Part(replicas=replicas, boxes=(whole,)),) if is_planned else ()
             self._spreads[key] = Spread(parts=parts, signature=f"replicas={len(replicas)}")
         found = self._spreads[key]
@@ -163,20 +163,29 @@ class Holdings:
 
     def cut_dims(self, name: str, tensor: torch.Tensor) -> tuple[int, ...]:
         """The dimensions along which any rank holds less than all of `tensor`; the same on all ranks."""
-        if not isinstance(tensor, DTensor):
+        if (distribution := self.placed(name, tensor)) is None:
             return ()
-        shards = self._distribution(name, tensor, None).shards
-        return tuple(dim for dim, cuts in enumerate(shards) if any(parts > 1 for _, parts, _ in cuts))
+        return tuple(dim for dim, cuts in enumerate(distribution.shards) if any(parts > 1 for _, parts, _ in cuts))
 
-    def placed(self, name: str, tensor: DTensor) -> Placed:
-        """How `tensor` is distributed; one object for all that are distributed alike. Raises like `of`."""
-        return self._distribution(name, tensor, None)
+    def placed(self, name: str, tensor: torch.Tensor) -> Placed | None:
+        """How `tensor` is distributed, also one that this rank holds nothing of; None for a plain tensor. One object
+        for all that are distributed alike. Raises like `of`."""
+        member = None if self._stages is None else self._stages.get(name)  # of what is computed there is none
+        if isinstance(tensor, DTensor) and (member is None or self.rank in member.holders):
+            return self._distribution(name, tensor, member)
+        is_plain = member is None or member.distribution is None
+        return None if is_plain else self._distribution_of_others(name, member)
+
+    def holders(self, name: str) -> tuple[int, ...]:
+        """The ranks that have the tensor of this name, or parts of it, ascending; one object for all that the same
+        ranks have."""
+        member = None if self._stages is None else self._stages.get(name)
+        return self._everyone if member is None else member.holders
 
     def borders(self, name: str, tensor: torch.Tensor) -> tuple[Ints, ...]:
         """For each dimension the indices, ascending, where what another rank holds begins; the same on all ranks."""
-        if not isinstance(tensor, DTensor):
+        if (distribution := self.placed(name, tensor)) is None:
             return (np.zeros(0, dtype=np.int64),) * tensor.dim()
-        distribution = self._distribution(name, tensor, None)
         return tuple(borders(n, shards) for n, shards in zip(distribution.shape, distribution.shards, strict=True))
 
     def _distribution(self, name: str, tensor: DTensor, member: Member | None) -> Placed:

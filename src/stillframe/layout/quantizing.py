@@ -40,7 +40,7 @@ def quantize_keys(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], key_map: KeyMap, leave: Sequence[re.Pattern[str]]
 ) -> tuple[KeyMap, tuple[str, ...]]:
     """`key_map`, cast to bfloat16, with linear layers and experts in fp8, each with its scales behind it; and the names
-    of the modules that are not, as config.json has them.
+    of the modules that are not, as config.json has them. `tensors` are those of `model`, by all of their names.
 
     Left alone are weights whose key or runtime name one of `leave` matches, what transformers leaves (the output layer,
     tied weights, `_keep_in_fp32_modules`), routers, and whatever is no matrix. Raises UnsupportedModel where nothing
@@ -107,7 +107,13 @@ def held_blocks(
     No communication: every rank numbers the table of shared blocks alike, from placements alone.
     """
     sources = [
-        _Source(name, tuple(tensors[name].shape), held.borders(name, tensors[name]), holdings[name].runs)
+        _Source(
+            name,
+            tuple(tensors[name].shape),
+            held.holders(name),
+            held.borders(name, tensors[name]),
+            holdings[name].runs,
+        )
         for name in key_map.sources
     ]
     known: dict[object, list[tuple[int, int]]] = {}  # most matrices of a model are cut like many others
@@ -176,10 +182,12 @@ def _left_alone(keys: Sequence[Key], untouched: set[str]) -> tuple[str, ...]:
 
 
 class _Source(NamedTuple):
-    """A tensor of the model: its name and shape, where what another rank holds begins, and what this rank holds."""
+    """A tensor of the model: its name and shape, which ranks hold any of it, where what another rank holds begins, and
+    what this rank holds."""
 
     name: str
     shape: tuple[int, ...]
+    holders: tuple[int, ...]
     borders: tuple[Ints, ...]
     held: Runs
 
@@ -195,9 +203,10 @@ def _cut_rows(
     rows, columns = key.shape
     every = [(0, block_count(rows))]
     used = [sources[number] for number in dict.fromkeys(key.runs.source.tolist())]
-    if not any(len(along) for source in used for along in source.borders):
+    of_one_stage = all(source.holders is used[0].holders for source in used)
+    if of_one_stage and not any(len(along) for source in used for along in source.borders):
         return []
-    if len(key.runs) > _MAX_RUNS:
+    if len(key.runs) > _MAX_RUNS or not of_one_stage:
         return every
     pieces = []
     runs = (key.runs.start, key.runs.source, key.runs.source_start, key.runs.length)

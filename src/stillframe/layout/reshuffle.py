@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from stillframe.layout.keys import KeyMap
@@ -64,6 +64,7 @@ def plan_reshuffles(
     A tensor is, if one mesh dimension alone shards one of its dimensions behind the first, the others shard none or the
     first, and its longest run is shorter than `direct_from_bytes`. Tensors that a key has with its dimensions in
     another order stay as they are: their matrices are copied whole, from where they are. So do those in `leave`.
+    Those that only other stages of a pipeline hold are counted, and exchanged there.
     """
     direct_from_bytes = DIRECT_FROM_BYTES if direct_from_bytes is None else direct_from_bytes
     bucket_bytes = BUCKET_BYTES if bucket_bytes is None else bucket_bytes
@@ -73,23 +74,28 @@ def plan_reshuffles(
         (saved if key.dims is None and key.matrix is None else turned).update(np.unique(key.runs.source).tolist())
     afterwards = dict(holdings)
     reshuffles = []
+    count = size_bytes = 0
     made: dict[tuple[int, int], tuple[Reshuffle, Holding] | None] = {}  # equal tensors, equal exchanges
-    size_bytes = 0
     for index in sorted(saved - turned):
         name = key_map.sources[index]
         tensor = tensors[name]
-        if not isinstance(tensor, DTensor) or not tensor.numel() or name in leave:
+        if not tensor.numel() or name in leave or (distribution := held.placed(name, tensor)) is None:
             continue
-        distribution = held.placed(name, tensor)
         kind = (id(distribution), tensor.dtype.itemsize)
         if kind not in made:
             made[kind] = _exchange(distribution, tensor.dtype.itemsize, direct_from_bytes, bucket_bytes)
         if (found := made[kind]) is not None:
-            reshuffle, afterwards[name] = found
-            reshuffles.append(replace(reshuffle, tensor=name))
+            reshuffle, holding = found
+            before = holdings[name]
+            is_held = held.rank in held.holders(name)
+            signature = f"{before.signature} reshuffled along {reshuffle.mesh_dim} by {reshuffle.bucket_rows} rows"
+            afterwards[name] = replace(holding if is_held else before, signature=signature)
+            if is_held:
+                reshuffles.append(replace(reshuffle, tensor=name))
+            count += 1
             size_bytes += tensor.numel() * tensor.dtype.itemsize
-    summary = Reshuffled(tensors=len(reshuffles), size_bytes=size_bytes, bucket_bytes=bucket_bytes)
-    return ReshufflePlan(reshuffles=tuple(reshuffles), holdings=afterwards, summary=summary if reshuffles else None)
+    summary = Reshuffled(tensors=count, size_bytes=size_bytes, bucket_bytes=bucket_bytes)
+    return ReshufflePlan(reshuffles=tuple(reshuffles), holdings=afterwards, summary=summary if count else None)
 
 
 def share_with_reshuffles(
@@ -162,7 +168,7 @@ def _exchange(
             len(rows) * reshuffle.whole_row_elements,
         ),
         replicas=replicas_at(distribution.placements, distribution.part, coordinate, distribution.holders),
-        signature=f"{distribution.signature} reshuffled along {mesh_dim} by {reshuffle.bucket_rows} rows",
+        signature=distribution.signature,
     )
     return reshuffle, holding
 

@@ -127,6 +127,11 @@ class Stages(Mapping[str, Member]):
     def __len__(self) -> int:
         return len(self._members)
 
+    @property
+    def uncounted(self) -> int:
+        """The elements of parameters that are not saved; of those that several stages have, once."""
+        return sum({name: count for extra in self.extras for name, count in extra["uncounted"].items()}.values())
+
     def completed(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """All tensors by name: this rank's own, and what stands for those of other ranks."""
         return {name: own[name] if name in own else member.stand_in() for name, member in self.items()}

@@ -15,7 +15,7 @@ from stillframe.errors import SaveTimeout, StillframeError, UnsupportedModel
 
 
 def exchanges(tmp_path: Path, count: int, timeout_s: float = 60) -> list[Exchange]:
-    # A HashStore would not do: a pop that waits in it is not woken by a push of another thread.
+    # As in a job: one rank serves the store, the others are its clients.
     served = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     joined = [TCPStore("127.0.0.1", served.port, wait_for_workers=False) for _ in range(1, count)]
     stores = [BoundedStore(store, remote=False, answer_timeout_s=60) for store in (served, *joined)]

@@ -174,7 +174,6 @@ def test_options_that_adapters_have_no_use_for_are_refused(tmp_path: Path) -> No
         ({"key_mapping": {}}, "key_mapping has no place in the export of adapters"),
         ({"layout": "hub"}, "layout='hub' has no place in the export of adapters"),
         ({"save_dtype": "fp8"}, "save_dtype='fp8' has no place in the export of adapters"),
-        ({"pipeline": True}, "pipeline=True does not go with adapters yet"),
         ({"config": PretrainedConfig()}, "config is for modules that have none; PeftModelForCausalLM"),
     ):
         with pytest.raises(OptionError, match=said):
