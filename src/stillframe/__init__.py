@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stillframe.checkpointer import Checkpointer
+    from stillframe.limits import WriterLimits
     from stillframe.load.huggingface import load_hf
     from stillframe.load.verifying import verify
 
     __version__: str
 
-__all__ = ["Checkpointer", "__version__", "load_hf", "verify"]
+__all__ = ["Checkpointer", "WriterLimits", "__version__", "load_hf", "verify"]
 
 _HOMES = {
     "Checkpointer": "stillframe.checkpointer",
+    "WriterLimits": "stillframe.limits",
     "load_hf": "stillframe.load.huggingface",
     "verify": "stillframe.load.verifying",
 }

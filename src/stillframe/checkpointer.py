@@ -39,6 +39,7 @@ from stillframe.export import Export
 from stillframe.frames import Frames, What
 from stillframe.layout.casting import Cast
 from stillframe.layout.renaming import KeyMapping
+from stillframe.limits import WriterLimits, with_variables
 from stillframe.names import KINDS, TOGETHER, latest_path, published_path
 from stillframe.options import CheckpointerOptions, checked_metrics, key_rules, run_directory
 from stillframe.policies import OnFailure, RetentionPolicy
@@ -118,6 +119,7 @@ class Checkpointer:
         checkpoint_maxkeep: int | None = None,
         keep_hf: RetentionPolicy | None = None,
         keep_checkpoints: RetentionPolicy | None = None,
+        writer_limits: WriterLimits | None = None,
         save_timeout_s: float = 7200.0,
         store_host: str | None = None,
     ) -> None:
@@ -140,6 +142,7 @@ class Checkpointer:
             checkpoint_maxkeep=checkpoint_maxkeep,
             keep_hf=keep_hf,
             keep_checkpoints=keep_checkpoints,
+            writer_limits=with_variables(WriterLimits() if writer_limits is None else writer_limits),
             save_timeout_s=save_timeout_s,
             store_host=store_host,
         )
@@ -434,7 +437,12 @@ class Checkpointer:
             exchange=exchange,
         )
         self._frames = Frames(
-            export, resumable, rank=rank, world_size=world_size, timeout_s=self._options.save_timeout_s
+            export,
+            resumable,
+            rank=rank,
+            world_size=world_size,
+            timeout_s=self._options.save_timeout_s,
+            limits=self._options.writer_limits,
         )
         return self._frames.layout
 

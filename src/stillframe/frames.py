@@ -19,6 +19,7 @@ from stillframe.export import Export
 from stillframe.layout.distcp import DistcpPlan
 from stillframe.layout.huggingface import HuggingFacePlan
 from stillframe.layout.together import as_one, plan_together, share_as_one
+from stillframe.limits import WriterLimits
 from stillframe.names import CHECKPOINT_PART, EXPORT_PART
 from stillframe.records import Blocks, Copy, Envelope, Gather, InlineFile, Layout, Reshuffle, WritePlan
 from stillframe.resumable import Resumable
@@ -89,7 +90,14 @@ class Frames:
     """Takes the frames of one Checkpointer. One thread at a time, and never while the writer uses the arena."""
 
     def __init__(
-        self, export: Export | None, resumable: Resumable, *, rank: int, world_size: int, timeout_s: float
+        self,
+        export: Export | None,
+        resumable: Resumable,
+        *,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        limits: WriterLimits,
     ) -> None:
         """Plan the export, if there is one, allocate the arena, start the writer.
 
@@ -101,6 +109,7 @@ class Frames:
         self.resumable = resumable
         self._rank = rank
         self._world_size = world_size
+        self._limits = limits
         self._plans = 0
         self._stagings: dict[What, _Staging] = {}
         self._met: set[What] = set()
@@ -283,7 +292,7 @@ class Frames:
         if self._writer is None or not self._writer.alive:
             if self._writer is not None:
                 self._writer.close()
-            self._writer = WriterClient()
+            self._writer = WriterClient(limits=self._limits)
         self._writer.set_plans(self._write_plans(), self._arena.fd)
         for staging in self._stagings.values():
             if staging.snapshotter is None:

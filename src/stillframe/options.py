@@ -6,11 +6,12 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
 from stillframe.errors import OptionError
+from stillframe.limits import WriterLimits
 from stillframe.policies import (
     FailureAction,
     FailurePolicies,
@@ -59,6 +60,7 @@ class CheckpointerOptions:
     on_export_failure: likewise for exports, where it is to differ; exports and checkpoints are counted apart.
     save_frozen: False leaves parameters that need no gradient out of checkpoints; to resume then takes a model that
         has them already.
+    writer_limits: what the writers may take of their host, a `stillframe.WriterLimits`; by default what they can.
     save_timeout_s: bound on each wait of a save (for the other ranks' calls, the writing, the verdict), and on the
         constructor's wait for the other ranks.
     store_host: address on which rank 0 listens for the others; only needed where they cannot reach it by MASTER_ADDR
@@ -83,6 +85,7 @@ class CheckpointerOptions:
     on_failure: str | OnFailure = "raise"
     on_export_failure: str | OnFailure | None = None
     save_frozen: bool = True
+    writer_limits: WriterLimits = field(default_factory=WriterLimits)
     save_timeout_s: float = 7200.0
     store_host: str | None = None
 
@@ -119,6 +122,8 @@ class CheckpointerOptions:
                 raise OptionError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.publish_together and not self.hf_export:
             raise OptionError("publish_together has no effect with hf_export=False: there is no export to publish")
+        if not isinstance(self.writer_limits, WriterLimits):
+            raise OptionError(f"writer_limits must be a stillframe.WriterLimits, not {self.writer_limits!r}")
         _ = self.retention, self.failure_policies
         timeout_s = self.save_timeout_s
         if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 0 < timeout_s < 10**7:

@@ -22,7 +22,7 @@ STAGES = {"state", "layout", "snapshot", "writer", "commit", "catalog", "load", 
 LEVELS = (
     {"errors", "sketch"},
     {"fields", "names", "records"},
-    {"durable", "manifest", "patches", "policies", "provenance", "receipts", "ties", "tree", "wrappers"},
+    {"durable", "limits", "manifest", "patches", "policies", "provenance", "receipts", "ties", "tree", "wrappers"},
     {"options"},
     STAGES,
     {"save", "staged", "start"},

@@ -142,6 +142,17 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WriterConfig:
+    """[writer] What the processes that write may take of their host: the fields of `stillframe.WriterLimits`."""
+
+    nice: int = key(rules.integer(at_least=0, at_most=19), 0)
+    io_class: Literal["best-effort", "idle"] | None = key(rules.one_of("best-effort", "idle"), None)
+    export_slots: int | None = key(rules.integer(at_least=1, at_most=1024), None)
+    checkpoint_slots: int | None = key(rules.integer(at_least=1, at_most=1024), None)
+    bytes_per_s_max: float | None = key(rules.number(at_least=1, at_most=2**59), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ResumeConfig:
     """[resume] Where a run goes on from, and with what.
 
@@ -176,6 +187,7 @@ class TrainConfig:
     optimizer: OptimizerConfig
     export: ExportConfig
     checkpoint: CheckpointConfig
+    writer: WriterConfig
     resume: ResumeConfig
 
 
@@ -186,6 +198,7 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "export": ExportConfig,
     "checkpoint": CheckpointConfig,
+    "writer": WriterConfig,
     "resume": ResumeConfig,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from stillframe.checkpointer import Checkpointer
 from stillframe.errors import OptionError
+from stillframe.limits import WriterLimits
 from stillframe.policies import OnFailure
 from stillframe.train import model as models
 from stillframe.train import optim, parallel, resuming
@@ -109,6 +111,7 @@ class Trainer:
             checkpoint_maxkeep=checkpoint.checkpoint_maxkeep,
             publish_together=checkpoint.publish_together,
             save_frozen=checkpoint.save_frozen,
+            writer_limits=WriterLimits(**asdict(self.config.writer)),
             on_failure=OnFailure(checkpoint.on_failure, checkpoint.max_failures),
             on_export_failure=OnFailure(export.on_failure, export.max_failures),
         )

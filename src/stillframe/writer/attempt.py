@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from awscrt.checksums import crc64nvme
@@ -13,6 +14,7 @@ from stillframe.records import FileReceipt, InlineFile, Receipt, WritePlan, Writ
 from stillframe.writer.blocks import FileBlocks, cut_blocks
 from stillframe.writer.directory import OpenDirectory
 from stillframe.writer.files import BLOCK_BYTES, Stopped, WriteMethod, write_files
+from stillframe.writer.standing import Slots
 
 
 class ForeignDirectory(Exception):
@@ -47,16 +49,19 @@ def write_attempt(
     stop: threading.Event,
     on_progress: Callable[[int], None],
     method: WriteMethod | None = None,
+    slots: Slots | None = None,
+    on_turn: Callable[[bool], None] | None = None,
 ) -> Receipt:
     """Write the inline files and all extents of the plan into `request.directory`; blocks until all is durable.
 
     On return every byte and every name is durable, the receipt file included, which is written last: where it exists,
-    the share is whole. `on_progress` is called with each number of bytes as they are written, from any thread.
+    the share is whole. `on_progress` is called with each number of bytes as they are written, from any thread. With
+    `slots` nothing is written before one is free; `on_turn` hears True when the waiting begins, and False at its end.
 
     Raises `FileWriteError`, `ForeignDirectory` if the marker is not there, `Stopped` once `stop` is set (there is no
     receipt file then), and ValueError for names that lead out of the directory.
     """
-    with OpenDirectory(request.directory) as directory:
+    with OpenDirectory(request.directory) as directory, _turn(slots, stop, on_turn):
         if not directory.has_file(request.marker_name):
             raise ForeignDirectory(
                 f"{request.directory} belongs to another attempt, or to none: it has no file {request.marker_name!r}"
@@ -83,6 +88,20 @@ def write_attempt(
             raise Stopped
         directory.replace(request.receipt_name, encode_receipt(receipt))
     return receipt
+
+
+@contextmanager
+def _turn(slots: Slots | None, stop: threading.Event, on_turn: Callable[[bool], None] | None) -> Iterator[None]:
+    if slots is None:
+        yield
+        return
+    on_turn = on_turn or (lambda waiting: None)
+    on_turn(True)
+    with slots.turn(stop) as is_ours:
+        on_turn(False)
+        if not is_ours:
+            raise Stopped
+        yield
 
 
 def _write_inline(directory: OpenDirectory, file: InlineFile) -> FileReceipt:

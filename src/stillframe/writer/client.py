@@ -6,28 +6,34 @@ none is left behind by a trainer that is killed, nor by a client that is dropped
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
 import site
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import stillframe
+from stillframe.limits import WriterLimits
 from stillframe.receipts import receipt_from_object
 from stillframe.records import Receipt, WritePlan, WriteRequest
 from stillframe.writer.attempt import total_bytes
 from stillframe.writer.framing import Connection, Frame, PeerGone, ProtocolError
 from stillframe.writer.messages import plan_to_object, request_to_object
+
+_log = logging.getLogger("stillframe")
 
 
 class WriterError(Exception):
@@ -67,8 +73,9 @@ class WriterClient:
         heartbeat_timeout_s: float = 60.0,
         signal_timeout_s: float = 10.0,
         python: str = sys.executable,
+        limits: WriterLimits | None = None,
     ) -> None:
-        """Start the process and wait until it is ready.
+        """Start the process and wait until it is ready. What of `limits` the system does not grant is logged.
 
         `heartbeat_timeout_s` is how long it may be silent during a write before it counts as hung, `signal_timeout_s`
         how long it gets to end after a signal: at its next block after SIGTERM, at the kernel's next chance after
@@ -85,14 +92,17 @@ class WriterClient:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             try:
-                self._process = _start(python, theirs.fileno())
+                self._process = _start(python, theirs.fileno(), limits or WriterLimits())
                 self._connection = Connection(ours, os.pidfd_open(self._process.pid))
             except BaseException:
                 ours.close()
                 raise
         self._finalizer = weakref.finalize(self, _hang_up, self._connection, os.getpid())
         try:
-            self._expect("ready", self._receive(start_timeout_s, "start"))
+            ready = self._receive(start_timeout_s, "start")
+            self._expect("ready", ready)
+            for refused in ready.message["refused"]:
+                _log.warning("the writer process (pid %d) goes on without a limit: %s", self.pid, refused)
         except BaseException:
             self._kill()
             self._finalizer()
@@ -188,11 +198,12 @@ class WriterClient:
         all_bytes: int,
         on_progress: Callable[[int, int], None] | None,
     ) -> Receipt:
-        done_bytes = 0
+        done_bytes, waits_for_slot = 0, False
         while True:
             rest_s = max(0.0, deadline - time.monotonic())
             if rest_s < self._heartbeat_timeout_s:
                 what = f"write more than {done_bytes} of {all_bytes} bytes"
+                what += " (it waited for its turn: all write slots of this host were taken)" if waits_for_slot else ""
                 answer = self._receive(rest_s, what, allowed_s=timeout_s)
             else:
                 answer = self._receive(self._heartbeat_timeout_s, "give a sign of life")
@@ -204,7 +215,7 @@ class WriterClient:
             if message.get("type") == "receipt":
                 return receipt_from_object(message.get("receipt"))
             self._expect("progress", answer)
-            done_bytes = int(message["done_bytes"])
+            done_bytes, waits_for_slot = int(message["done_bytes"]), bool(message["waits_for_slot"])
             if on_progress is not None:
                 on_progress(done_bytes, all_bytes)
 
@@ -296,11 +307,14 @@ class WriterClient:
         return True
 
 
-def _start(python: str, socket_fd: int) -> subprocess.Popen[bytes]:
+def _start(python: str, socket_fd: int, limits: WriterLimits) -> subprocess.Popen[bytes]:
     """Start the process by exec. It gets `socket_fd` and standard error, and no other descriptor of ours."""
     site_dirs = site.getsitepackages() + ([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])
+    # A folder of the user's own, in which nobody else can hold the locks.
+    slots_directory = str(Path(tempfile.gettempdir()) / f"stillframe-{os.geteuid()}")
+    limits_text = json.dumps(asdict(limits) | {"slots_directory": slots_directory})
     return subprocess.Popen(
-        [python, "-P", "-m", "stillframe.writer.process", str(socket_fd), str(os.getpid())],
+        [python, "-P", "-m", "stillframe.writer.process", str(socket_fd), str(os.getpid()), limits_text],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         pass_fds=(socket_fd,),

@@ -16,6 +16,7 @@ import errno
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,11 +43,15 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteMethod:
-    """How blocks reach the disk. The defaults are what measured best; a test or benchmark may choose otherwise."""
+    """How blocks reach the disk. The defaults are what measured best; a test or benchmark may choose otherwise.
+
+    `bytes_per_s_max` is what is asked for, on average from the first block on: None is as fast as it goes.
+    """
 
     threads: int = 2
     direct: bool = True
     preallocate: bool = True
+    bytes_per_s_max: float | None = None
 
 
 def write_files(
@@ -97,6 +102,7 @@ class _Run:
         self._stop = stop
         self._on_progress = on_progress
         self._failed = threading.Event()
+        self._pace = _Pace(method.bytes_per_s_max)
         self._queue = iter([(file, index) for file in self.files for index in _order(file.blocks)])
         self._lock = threading.Lock()
 
@@ -104,9 +110,11 @@ class _Run:
         gatherer = _Gatherer(self._arena)
         try:
             while not self._failed.is_set() and (task := self._take()) is not None:
+                file, index = task
+                if file.blocks:
+                    self._pace.wait(file.blocks[index].length_bytes, self._stop)
                 if self._stop.is_set():
                     raise Stopped
-                file, index = task
                 file.open()
                 if file.blocks:
                     file.write(index, gatherer)
@@ -126,6 +134,24 @@ class _Run:
         """Close what a failed run left open; after a whole one nothing is."""
         for file in self.files:
             file.close()
+
+
+class _Pace:
+    """Lets each block begin when those before it have had their time, at so many bytes a second."""
+
+    def __init__(self, bytes_per_s_max: float | None) -> None:
+        self._bytes_per_s_max = bytes_per_s_max
+        self._free_at_s = time.monotonic()
+        self._lock = threading.Lock()
+
+    def wait(self, length_bytes: int, stop: threading.Event) -> None:
+        """Block until a block of so many bytes may begin, or `stop` is set."""
+        if self._bytes_per_s_max is None:
+            return
+        with self._lock:
+            begin_s = max(self._free_at_s, time.monotonic())
+            self._free_at_s = begin_s + length_bytes / self._bytes_per_s_max
+        stop.wait(max(0.0, begin_s - time.monotonic()))
 
 
 class _Gatherer:

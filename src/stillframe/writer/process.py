@@ -1,4 +1,4 @@
-"""The writer process: `python -P -m stillframe.writer.process <socket fd> <pid of the trainer>`.
+"""The writer process: `python -P -m stillframe.writer.process <socket fd> <pid of the trainer> <limits>`.
 
 It imports no torch, holds nothing of the trainer but the arena's mapping, and lives in a session of its own. The main
 thread talks to the trainer and beats a heartbeat; the writing runs in other threads.
@@ -14,12 +14,14 @@ announces a preemption in SLURM all processes of a step.
                                            or failed {reason, errno, file_name}
     close {}                               none; the process ends
 
-Before all, it says ready {pid, python}.
+`limits` are what it may take of the host, as JSON. Before all, it says ready {pid, python, refused}: the last are those
+that the system does not grant, in words. It goes on without.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import mmap
 import os
 import platform
@@ -30,6 +32,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 from typing import Any
@@ -38,9 +41,10 @@ from stillframe.receipts import receipt_to_object
 from stillframe.records import Receipt
 from stillframe.writer.attempt import CutPlan, ForeignDirectory, cut_plan, total_bytes, write_attempt
 from stillframe.writer.directory import FileWriteError
-from stillframe.writer.files import Stopped
+from stillframe.writer.files import Stopped, WriteMethod
 from stillframe.writer.framing import Connection, Frame, PeerGone, ProtocolError
 from stillframe.writer.messages import plan_from_object, request_from_object
+from stillframe.writer.standing import Slots, lower_priority
 
 _PROGRESS_INTERVAL_S = 0.25
 _HEARTBEAT_INTERVAL_S = 1.0
@@ -78,8 +82,12 @@ class _Work:
 class _Writer:
     """The main thread's state: plans over one arena, at most one write in hand."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, limits: Mapping[str, Any]) -> None:
         self._connection = connection
+        self._refused = lower_priority(limits["nice"], limits["io_class"])
+        self._method = WriteMethod(bytes_per_s_max=limits["bytes_per_s_max"])
+        self._slots = {kind: self._open_slots(limits, kind) for kind in ("export", "checkpoint")}
+        self._waits_for_slot = False
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stillframe-attempt")
         self._cuts: dict[int, CutPlan] = {}
@@ -91,6 +99,16 @@ class _Writer:
         self._trainer_gone = False
         self._leaving = False
 
+    def _open_slots(self, limits: Mapping[str, Any], kind: str) -> Slots | None:
+        count = limits[f"{kind}_slots"]
+        if count is None:
+            return None
+        try:
+            return Slots(limits["slots_directory"], kind, count)
+        except OSError as error:
+            self._refused.append(f"{kind}_slots={count} is not kept: {error}")
+            return None
+
     def stop(self, _signal: int, _frame: FrameType | None) -> None:
         """Handle SIGTERM: end soon, and leave no receipt."""
         self._stop.set()
@@ -99,7 +117,9 @@ class _Writer:
 
     def run(self) -> bool:
         """Serve until the trainer is gone, or told us to end, and no write is in hand; False if SIGTERM ended it."""
-        self._answer({"type": "ready", "pid": os.getpid(), "python": platform.python_version()})
+        self._answer(
+            {"type": "ready", "pid": os.getpid(), "python": platform.python_version(), "refused": self._refused}
+        )
         while not self._leaving or self._work is not None:
             frame = self._wait()
             if frame is not None:
@@ -171,10 +191,21 @@ class _Writer:
             return
         self._done_bytes = 0
         future = self._pool.submit(
-            write_attempt, cut, request, self._arena.view, stop=self._stop, on_progress=self._count
+            write_attempt,
+            cut,
+            request,
+            self._arena.view,
+            stop=self._stop,
+            on_progress=self._count,
+            method=self._method,
+            slots=self._slots["export" if request.kind == "hf" else "checkpoint"],
+            on_turn=self._note_turn,
         )
         future.add_done_callback(lambda _: os.eventfd_write(self._wake_fd, 1))
         self._work = _Work(future, total_bytes(cut.plan, request))
+
+    def _note_turn(self, waiting: bool) -> None:
+        self._waits_for_slot = waiting
 
     def _count(self, written_bytes: int) -> None:
         with self._done_lock:
@@ -194,7 +225,8 @@ class _Writer:
         interval_s = _PROGRESS_INTERVAL_S if done_bytes != work.reported_bytes else _HEARTBEAT_INTERVAL_S
         # A trainer that does not read must not hold up the heart: a beat that would block is left out.
         if now_s - work.reported_at_s >= interval_s and not self._trainer_gone and self._connection.can_send():
-            self._answer({"type": "progress", "done_bytes": done_bytes, "total_bytes": work.all_bytes})
+            waits = {"waits_for_slot": self._waits_for_slot}
+            self._answer({"type": "progress", "done_bytes": done_bytes, "total_bytes": work.all_bytes, **waits})
             work.reported_bytes, work.reported_at_s = done_bytes, now_s
 
     def _answer(self, message: dict[str, Any]) -> None:
@@ -224,7 +256,7 @@ def _failure(error: BaseException) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """Run the process until the trainer is gone; see the module's docstring."""
-    socket_fd, trainer_pid = (int(argument) for argument in arguments)
+    socket_fd, trainer_pid = (int(argument) for argument in arguments[:2])
     sock = socket.socket(fileno=socket_fd)
     sock.set_inheritable(False)
     try:
@@ -233,7 +265,7 @@ def main(arguments: list[str]) -> None:
         return
     if os.getppid() != trainer_pid:
         return  # the trainer ended while we started, and its pid may be another process's by now
-    writer = _Writer(Connection(sock, trainer_pidfd))
+    writer = _Writer(Connection(sock, trainer_pidfd), json.loads(arguments[2]))
     for meant_for_the_trainer in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(meant_for_the_trainer, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, writer.stop)

@@ -81,6 +81,7 @@ def table(work_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "optimizer": {"lr": 3e-3},
         "export": {},
         "checkpoint": {},
+        "writer": {},
         "resume": {},
     }
     for name, values in sections.items():
