@@ -17,6 +17,7 @@ from stillframe.layout.placement import Holding
 from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.runs import Runs, overlap
 from stillframe.layout.runtime import unwrapped
+from stillframe.load.computing import Filler
 from stillframe.load.dequantizing import find_quantized
 from stillframe.load.directory import WeightFile, weights_in
 from stillframe.load.folder import Folder, listed, open_folder
@@ -64,8 +65,10 @@ def load_hf(
     was renamed is read in the forms in which this model has it or would itself be saved, and in no other.
 
     Each rank reads only the bytes that it holds (of a transposed tensor, such as the experts of Qwen3-VL-MoE in the
-    Hub's layout: the matrices that it holds any part of). Extra memory is 16 MiB, plus one such matrix, plus a copy of
-    a tensor whose memory is not contiguous; of fp8 5 MiB more, the scales of one weight, and that matrix in float32.
+    Hub's layout: the matrices that it holds any part of; of one whose values a conversion computes: all keys that are
+    converted together). Extra memory is 16 MiB, plus one such matrix, plus on the host the keys of one conversion and
+    what it makes of them, plus a copy of a tensor whose memory is not contiguous; of fp8 5 MiB more, the scales of one
+    weight, and that matrix in float32.
     There is no communication: every rank calls this, each for itself, and an error on one rank is not known to the
     others.
 
@@ -129,7 +132,7 @@ def _carrying_adapters(model: nn.Module) -> UnsupportedModel:
 
 def _plan(
     place: Folder, files: Sequence[WeightFile], model: nn.Module, strict: bool, mapping: KeyMapping | None
-) -> tuple[Match, Reader]:
+) -> tuple[Match, Filler]:
     state = model.state_dict(keep_vars=True)  # also shards what an evaluation left gathered by FSDP
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if strange:
@@ -153,11 +156,11 @@ def _plan(
     differences = found.differences(strict=strict)
     if differences:
         raise ModelMismatch(f"{place.path} does not fit {type(model).__name__}: {differences}")
-    return found, Reader(files, keys.sources, scales=quantized.scales)
+    return found, Filler(Reader(files, keys.sources, scales=quantized.scales), keys)
 
 
 @torch.no_grad()
-def _fill(reader: Reader, tensor: torch.Tensor, runs: Runs) -> None:
+def _fill(reader: Filler, tensor: torch.Tensor, runs: Runs) -> None:
     local = local_part(tensor).detach()
     if local.is_contiguous():
         reader.fill(local.view(-1), runs)
@@ -167,7 +170,7 @@ def _fill(reader: Reader, tensor: torch.Tensor, runs: Runs) -> None:
         local.copy_(values)
 
 
-def _check_ties(directory: Path, reader: Reader, target: Target, held: Holding) -> None:
+def _check_ties(directory: Path, reader: Filler, target: Target, held: Holding) -> None:
     """Refuse a tied tensor that the files hold under several names with different values: which one is meant?"""
     for other, runs in target.same_as.items():
         pairs = zip(_pieces(target, target.runs, held), _pieces(target, runs, held), strict=True)

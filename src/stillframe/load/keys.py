@@ -2,7 +2,8 @@
 
 The counterpart of `layout.keys.save_keys`: the keys of a directory go through the renamings and conversions that
 `from_pretrained` would apply, on meta tensors, and what comes out says for every tensor of the model which runs of
-which stored tensors it consists of. So a directory may be in any form that Transformers reads (fused or per expert, as
+which stored tensors it consists of; of a tensor whose values a conversion computes, which stored tensors are converted
+for it (`load.computing` does that). So a directory may be in any form that Transformers reads (fused or per expert, as
 on the Hub or as `save_pretrained` writes it), not only in the one that this model would be saved in.
 
 Source: transformers `core_model_loading.py` (`convert_and_load_state_dict_in_model`), followed step by step.
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,44 +30,39 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from stillframe.errors import UnsupportedModel
 from stillframe.layout.keys import save_keys
 from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.runs import Runs
 from stillframe.layout.runtime import runtime_tensors
 from stillframe.layout.tracing import Tracer, is_scattered
 from stillframe.load.safetensors import StoredTensor
-from stillframe.wrappers import unsharded_classes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Permutation:
-    """A strided view of a stored tensor, in elements, whose neighbours are not neighbours in the file: a transpose."""
-
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """What runs point into, as a flat array: the stored tensor `key`, or a permutation of it in row-major order."""
-
-    key: str
-    permutation: Permutation | None = None
+from stillframe.load.sources import Computed, Conversion, Permutation, Source
+from stillframe.wrappers import unsharded_classes, without_wrappers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadKeys:
     """What a directory's keys make of a model.
 
-    `tensors`: name of a tensor of the model -> the runs that tile it, over `sources`. `unexpected`: keys that become
-    nothing that the model has -> the names that they would have. `unfit`: what cannot be loaded, name -> why.
+    `tensors`: name of a tensor of the model -> the runs that tile it, over `sources` and, numbered behind them,
+    `computed`, each of which is a tensor of its own. `unexpected`: keys that become nothing that the model has -> the
+    names that they would have. `unfit`: what cannot be loaded, name -> why.
     """
 
     sources: tuple[Source, ...]
+    computed: tuple[Computed, ...] = ()
     tensors: Mapping[str, Runs]
     unexpected: Mapping[str, tuple[str, ...]]
     unfit: Mapping[str, str]
+
+    def stored_keys(self, name: str) -> set[str]:
+        """The stored tensors that the tensor `name` of the model is loaded from."""
+        numbers = np.unique(self.tensors[name].source).tolist()
+        stored = [n for n in numbers if n < len(self.sources)]
+        for number in numbers[len(stored) :]:
+            stored += self.computed[number - len(self.sources)].conversion.sources
+        return {self.sources[number].key for number in stored}
 
 
 def load_keys(
@@ -77,7 +74,7 @@ def load_keys(
     """What `stored`, by key, makes of `model`, whose `state_dict` is `state`. Reads no data.
 
     Shapes are global ones, however the model is sharded. `key_mapping` is the one that the keys were saved with. Raises
-    UnsupportedModel, naming the tensor, where a conversion is more than renames, slices, concatenations and transposes.
+    UnsupportedModel where a conversion changes what is stored in place.
     """
     if key_mapping is None:
         return _unmapped_keys(model, state, stored)
@@ -150,24 +147,45 @@ def _converted_keys(
         tracer = _PermutingTracer(twins)
         converted = tracer.run(lambda inputs: _convert(model, groups, inputs, unfit))
     tensors = {}
+    values: list[str] = []
     for name, tensor in converted.items():
         if name not in state:
             unfit[name] = "the stored keys convert to it, but the model has no such tensor"
         elif tensor.shape != state[name].shape:
             unfit[name] = _other_shape(tensor.shape, state[name].shape)
         else:
-            tensors[name] = tracer.runs_of(name, tensor)
+            try:
+                tensors[name] = tracer.runs_of(name, tensor)
+            except UnsupportedModel:  # no part of anything that is stored, or one in too many pieces
+                values.append(name)
+                continue
             assert tensors[name].covers(tensor.numel()), name
-    return LoadKeys(sources=tuple(tracer.views), tensors=tensors, unexpected=unexpected, unfit=unfit)
+    conversions = _conversions_of(values, model, groups, twins)
+    for number, name in enumerate(values, start=len(tracer.views)):
+        size = converted[name].numel()
+        tensors[name] = Runs.of([(0, number, 0, size)] if size else [])
+    return LoadKeys(
+        sources=tuple(tracer.views),
+        computed=tuple(
+            Computed(name=name, shape=tuple(converted[name].shape), conversion=conversions[name]) for name in values
+        ),
+        tensors=tensors,
+        unexpected=unexpected,
+        unfit=unfit,
+    )
 
 
 @dataclass(slots=True)
 class _Group:
-    """Keys that together become `target` (and, by a converter, maybe more), each with the pattern it matched."""
+    """Keys that together become `target` (and, by a converter, maybe more), each with the pattern it matched.
+
+    `made`: what they became in the end.
+    """
 
     target: str
     converter: WeightConverter | None
     keys: list[tuple[str, str]] = field(default_factory=list)
+    made: tuple[str, ...] = ()
 
 
 def _conversions(model: PreTrainedModel) -> list[WeightTransform]:
@@ -237,16 +255,50 @@ def _convert(
         if group.converter is None:
             _add(converted, group.target, twins[group.keys[0][1]], unfit)
             continue
-        for pattern, key in group.keys:
-            group.converter.add_tensor(group.target, key, pattern, twins[key])  # type: ignore[arg-type]  # as in a save
         try:
-            results = group.converter.convert(group.target, model=model, config=model.config)
+            results = _converted(model, group, [twins[key] for _, key in group.keys])
         except Exception as error:  # noqa: BLE001 - any operation may raise anything; it is reported, with the keys
             unfit[group.target] = f"cannot be made of what is stored, {_summary(group)}: {error}"
             continue
+        group.made = tuple(results)
         for name, tensor in results.items():
-            _add(converted, name, tensor[0] if isinstance(tensor, list) else tensor, unfit)
+            _add(converted, name, tensor, unfit)
     return {name: tensor for name, tensor in converted.items() if name not in unfit}
+
+
+def _converted(model: PreTrainedModel, group: _Group, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the group's converter makes of `tensors`, one for each of the group's keys."""
+    assert group.converter is not None
+    for (pattern, key), tensor in zip(group.keys, tensors, strict=True):
+        group.converter.add_tensor(group.target, key, pattern, tensor)  # type: ignore[arg-type]  # as in a save
+    results = group.converter.convert(group.target, model=model, config=model.config)
+    return {name: found[0] if isinstance(found, list) else found for name, found in results.items()}
+
+
+def _conversions_of(
+    names: Sequence[str], model: PreTrainedModel, groups: Sequence[_Group], twins: Mapping[str, torch.Tensor]
+) -> dict[str, Conversion]:
+    """How the tensors `names` of the model, whose values are computed, are made; one object for those of one group."""
+    wanted = set(names)
+    number_of = {key: number for number, key in enumerate(twins)}
+    conversions: dict[str, Conversion] = {}
+    for group in groups:
+        if wanted.isdisjoint(group.made):
+            continue
+        keys = [key for _, key in group.keys]
+
+        def run(tensors: Sequence[torch.Tensor], group: _Group = group) -> dict[str, torch.Tensor]:
+            with without_wrappers(model), unsharded_classes(model):
+                return _converted(model, group, tensors)
+
+        conversion = Conversion(
+            sources=tuple(number_of[key] for key in keys),
+            shapes=tuple(tuple(twins[key].shape) for key in keys),
+            dtype=twins[keys[0]].dtype,
+            run=run,
+        )
+        conversions |= dict.fromkeys(group.made, conversion)
+    return conversions
 
 
 def _summary(group: _Group) -> str:

@@ -20,8 +20,8 @@ from stillframe.errors import CorruptCheckpoint, LoadError
 from stillframe.layout.runs import Ints, Runs, overlap
 from stillframe.load.dequantizing import Dequantizer, Scales
 from stillframe.load.directory import WeightFile
-from stillframe.load.keys import Permutation, Source
 from stillframe.load.safetensors import StoredTensor
+from stillframe.load.sources import Permutation, Source
 
 _BOUNCE_BYTES = 16 << 20
 _MAX_BUFFERS = 1024  # IOV_MAX on Linux: how many places one preadv can read into

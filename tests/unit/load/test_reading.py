@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from stillframe.errors import CorruptCheckpoint, LoadError
 from stillframe.layout.runs import Runs
 from stillframe.load.directory import WEIGHTS_NAME, WeightFile, open_weights
-from stillframe.load.keys import Permutation, Source
 from stillframe.load.reading import Reader, left_to_read
+from stillframe.load.sources import Permutation, Source
 
 # Neighbours in the file in this order: safetensors sorts by dtype, then by name.
 STORED = {
