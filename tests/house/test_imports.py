@@ -36,6 +36,7 @@ LEVELS = (
 )
 EXCEPTIONS = {
     ("load", "layout"): "loading is the layout read backwards",
+    ("load", "commit"): "ranks that load the stages of a pipeline tell each other what none of them takes",
 }
 # Of the package itself, what those below the Checkpointer may use: its version, and ("") where it lies on disk.
 FOR_EVERYBODY = {"__version__", ""}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stillframe.commit.failure import Failure, in_words
-from stillframe.commit.rendezvous import Rendezvous
+from stillframe.commit.rendezvous import Rendezvous, meeting_of_the_job
 from stillframe.errors import SaveFailed, SaveTimeout
 
 _ANSWER_S = 60.0
@@ -85,7 +85,9 @@ class Exchange:
 
     def _say(self, digest: str, failure: Failure | None) -> None:
         said = {"rank": self._meeting.rank, "digest": digest, "failure": None if failure is None else asdict(failure)}
-        self._meeting.store.push(self._key("digests"), json.dumps(said))
+        # In the order of arrival, so that the word of one that failed does not wait behind one that is late.
+        number = self._meeting.store.add(self._key("arrivals"), 1)
+        self._meeting.store.set(self._key(f"arrival/{number}"), json.dumps(said))
 
     def _collect(self) -> dict[str, Any]:
         """Rank 0: the ranks of each digest, or what is told to all instead."""
@@ -93,12 +95,13 @@ class Exchange:
         deadline = time.monotonic() + self._timeout_s
         while len(digests) < self._meeting.world_size:
             try:
-                said = json.loads(self._meeting.store.pop(self._key("digests"), deadline - time.monotonic()))
+                arrival = self._key(f"arrival/{len(digests) + 1}")
+                said = json.loads(self._meeting.store.get(arrival, deadline - time.monotonic()))
             except TimeoutError:
                 late = [rank for rank in range(self._meeting.world_size) if rank not in digests]
                 reason = (
                     f"{in_words(late)} did not say within {self._timeout_s:.0f} s which tensors they hold; with "
-                    "pipeline=True every rank calls prepare, resume and its saves together with the others"
+                    "pipeline=True every rank calls prepare, resume, load_hf and its saves together with the others"
                 )
                 return {"failure": asdict(Failure(error="SaveTimeout", rank=late[0], stage="prepare", reason=reason))}
             if said["failure"] is not None:
@@ -131,3 +134,10 @@ class Exchange:
         except ConnectionError as error:
             reason = f"rank 0's process, which holds the store, cannot be reached: {error}"
             raise SaveFailed(reason, step=None, rank=0, stage="prepare", path=self._run_dir) from error
+
+
+def exchange_once(text: str | Exception, *, what: str, path: Path, timeout_s: float) -> Exchanged:
+    """`Exchange.exchange` among all ranks of the job, which need not have met: through the store of the default process
+    group, where a few kilobytes stay. The ranks' first calls with the same `what` belong together, and their second."""
+    meeting = meeting_of_the_job(what, path=path, timeout_s=timeout_s)
+    return Exchange(meeting, run_dir=path, timeout_s=timeout_s).exchange(text)

@@ -69,6 +69,23 @@ def meet(run_dir: Path, *, store_host: str | None, timeout_s: float) -> Rendezvo
     return _host(introduction, store_host, waits) if introduction.rank == 0 else _join(introduction, waits)
 
 
+def meeting_of_the_job(what: str, *, path: Path, timeout_s: float) -> Rendezvous:
+    """All ranks of the default process group in the store that they met in for `torch.distributed` itself, without a
+    wait for each other: for a word or two about `path`. The n-th such meetings of all ranks for the same `what` are
+    one. Raises SaveFailed where the store cannot be reached."""
+    if not (dist.is_available() and dist.is_initialized()):
+        alone = BoundedStore(HashStore(), remote=False, answer_timeout_s=_LONGEST_ANSWER_S)
+        return Rendezvous(rank=0, world_size=1, nonce=what, store=alone)
+    waits = _Waits.within(timeout_s)
+    store = BoundedStore(_get_default_store(), remote=True, answer_timeout_s=waits.answer_s)
+    try:
+        number = store.add(f"stillframe/{what}-of-{dist.get_rank()}", 1)
+    except ConnectionError as error:
+        reason = f"the store of the default process group cannot be reached ({error})"
+        raise SaveFailed(reason, step=None, rank=None, stage="prepare", path=path) from error
+    return Rendezvous(rank=dist.get_rank(), world_size=dist.get_world_size(), nonce=f"{what}-{number}", store=store)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Waits:
     """How long the steps of a meeting may take. Each step's bound is beyond what the steps it waits for may take."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stillframe.errors import ModelMismatch, UnsupportedModel
+from stillframe.errors import ModelMismatch, OptionError, UnsupportedModel
 from stillframe.layout.adapters import is_peft_model
 from stillframe.layout.placement import Holding
 from stillframe.layout.renaming import KeyMapping
@@ -25,8 +26,10 @@ from stillframe.load.keys import load_keys
 from stillframe.load.local import local_part, local_runs, own_holdings
 from stillframe.load.matching import Match, Target, match
 from stillframe.load.reading import Reader
+from stillframe.load.stages import OtherStages, without_unexpected
 from stillframe.load.verifying import verify_tensors
 from stillframe.options import key_rules
+from stillframe.ties import tied_elsewhere
 from stillframe.wrappers import unwrapped_module, without_wrappers
 
 _COMPARED_ELEMENTS = 1 << 22
@@ -37,7 +40,8 @@ class LoadReport:
     """What a load did on this rank.
 
     `bytes_read`: tensor data that this rank read, headers not counted. `missing`: tensors of the model that kept the
-    values they had. `unexpected`: keys of the files that were not used. Both are empty after a strict load.
+    values they had; of a stage of a pipeline, its own. `unexpected`: keys of the files that were not used, by any
+    stage. Both are empty after a strict load.
     """
 
     bytes_read: int
@@ -52,6 +56,8 @@ def load_hf(
     strict: bool = True,
     key_mapping: Mapping[str, str] | None = None,
     verify: bool = False,
+    pipeline: bool = False,
+    timeout_s: float = 1800.0,
 ) -> LoadReport:
     """Load the weights of a Hugging Face directory into `model`, in place; blocks until they are there.
 
@@ -69,8 +75,8 @@ def load_hf(
     converted together). Extra memory is 16 MiB, plus one such matrix, plus on the host the keys of one conversion and
     what it makes of them, plus a copy of a tensor whose memory is not contiguous; of fp8 5 MiB more, the scales of one
     weight, and that matrix in float32.
-    There is no communication: every rank calls this, each for itself, and an error on one rank is not known to the
-    others.
+    There is no communication (without `pipeline`): every rank calls this, each for itself, and an error on one rank is
+    not known to the others.
 
     Values are bit-identical where dtypes agree. Floating-point numbers of 16 bits and more are cast to the model's
     dtype as `Tensor.copy_` does. Weights in fp8 with a scale for each block (config.json: `quantization_config`, of any
@@ -85,36 +91,96 @@ def load_hf(
     `verify`: first compare every tensor of the files that this rank needs any part of with the checksum that it was
     published with; the tensor is read whole for that, so a rank reads more than it holds. Needs `stillframe.json`.
 
+    `pipeline`: `model` is this rank's stage of a pipeline, a part of the model that the files hold; every rank calls
+    this with its own. Once each has checked its part, and before any writes to its model, they tell each other through
+    the store of the default process group what they do not take; this blocks until all have, for at most `timeout_s`
+    seconds. A key is unexpected if no stage takes it, and what one rank fails with by then, or misses, is raised on
+    all. A weight that is tied to one of another stage is loaded from where that one is, too. `key_mapping` may be
+    another one on each rank.
+
     Raises OptionError for a bad `key_mapping`, NotACheckpoint or CorruptCheckpoint for the directory, UnsupportedModel
     or UnsupportedPlacement for the model, ModelMismatch with all missing and unexpected keys, wrong shapes and dtypes
-    at once. All of these come before anything is written to the model. `strict=False` allows missing and unexpected
-    keys. LoadError or CorruptCheckpoint while reading (an I/O error, a file cut short meanwhile) leaves the model
-    partly loaded.
+    at once; with `pipeline` LoadError, if a rank does not come in time or sees other files. All of these come before
+    anything is written to the model. `strict=False` allows missing and unexpected keys. LoadError or CorruptCheckpoint
+    while reading (an I/O error, a file cut short meanwhile) leaves the model partly loaded, and is not known to the
+    other ranks.
     """
+    if not isinstance(pipeline, bool):
+        raise OptionError(f"pipeline must be True or False, not {pipeline!r}")
+    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 0 < timeout_s < 10**7:
+        raise OptionError(f"timeout_s must be a number of seconds above 0 and below 10^7, not {timeout_s!r}")
+    others = OtherStages(directory=Path(directory), timeout_s=timeout_s) if pipeline else None
+    with ExitStack() as opened:
+        try:
+            loading = _plan(opened, Path(directory), model, key_mapping)
+            own = loading.found if others is None else without_unexpected(loading.found)
+            if not own.differences(strict=strict):
+                loading.check(verify=verify)
+        except Exception as error:
+            if others is not None:
+                others.fail(error)
+            raise
+        found = loading.found if others is None else others.agree(loading.found, loading.files)
+        if differences := found.differences(strict=strict):
+            raise ModelMismatch(f"{loading.directory} does not fit {loading.model_name}: {differences}")
+        loading.fill()
+    reader = loading.reader
+    return LoadReport(bytes_read=reader.bytes_read, missing=loading.found.missing, unexpected=found.unexpected)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loading:
+    """What this rank is about to load. `work`: the targets of which it holds a part, and the runs of that."""
+
+    directory: Path
+    model_name: str
+    files: Sequence[WeightFile]
+    found: Match
+    reader: Filler
+    held: Mapping[str, Holding]
+    work: Sequence[tuple[Target, Runs]]
+
+    def check(self, *, verify: bool) -> None:
+        """What can be told of the files' content before the model is changed."""
+        if verify:
+            needed = set[str]().union(*(self.reader.stored_names(runs) for _, runs in self.work))
+            verify_tensors(self.directory, self.files, needed)
+        for target in self.found.targets:
+            _check_ties(self.directory, self.reader, target, self.held[target.name])
+
+    def fill(self) -> None:
+        """Read everything into place."""
+        for target, runs in sorted(self.work, key=lambda pair: self.reader.position(pair[1])):
+            _fill(self.reader, target.tensor, runs)
+        for target in self.found.targets:
+            target.tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def _plan(opened: ExitStack, directory: Path, model: nn.Module, key_mapping: Mapping[str, str] | None) -> _Loading:
+    """Find what to load from where. Files are open as long as `opened` is."""
     rules = key_rules(key_mapping)
     inner = unwrapped_module(model)
     if rules is None and is_peft_model(inner):
         raise _carrying_adapters(inner)
     inner = _loadable(unwrapped(inner, any_module=rules is not None))
     mapping = None if rules is None else KeyMapping(rules=rules)
-    with open_folder(Path(directory)) as place, weights_in(place) as files:
-        with without_wrappers(inner):
-            found, reader = _plan(place, files, inner, strict, mapping)
-        holdings = own_holdings()
-        # A buffer, too, is held by every rank: each must get its values.
-        held = {t.name: holdings.of(t.name, t.tensor, is_parameter=True) for t in found.targets}
-        work = [(target, local_runs(target.runs, held[target.name])) for target in found.targets]
-        work = [(target, runs) for target, runs in work if len(runs)]
-        if verify:
-            needed = set[str]().union(*(reader.stored_names(runs) for _, runs in work))
-            verify_tensors(Path(directory), files, needed)
-        for target in found.targets:
-            _check_ties(Path(directory), reader, target, held[target.name])
-        for target, runs in sorted(work, key=lambda pair: reader.position(pair[1])):
-            _fill(reader, target.tensor, runs)
-        for target in found.targets:
-            target.tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-    return LoadReport(bytes_read=reader.bytes_read, missing=found.missing, unexpected=found.unexpected)
+    place = opened.enter_context(open_folder(directory))
+    files = opened.enter_context(weights_in(place))
+    with without_wrappers(inner):
+        found, reader = _match(place, files, inner, mapping)
+    holdings = own_holdings()
+    # A buffer, too, is held by every rank: each must get its values.
+    held = {t.name: holdings.of(t.name, t.tensor, is_parameter=True) for t in found.targets}
+    work = [(target, local_runs(target.runs, held[target.name])) for target in found.targets]
+    return _Loading(
+        directory=directory,
+        model_name=type(inner).__name__,
+        files=files,
+        found=found,
+        reader=reader,
+        held=held,
+        work=[(target, runs) for target, runs in work if len(runs)],
+    )
 
 
 def _loadable(model: nn.Module) -> nn.Module:
@@ -130,8 +196,8 @@ def _carrying_adapters(model: nn.Module) -> UnsupportedModel:
     return UnsupportedModel(f"{type(model).__name__} carries PEFT adapters; load the weights before adding them")
 
 
-def _plan(
-    place: Folder, files: Sequence[WeightFile], model: nn.Module, strict: bool, mapping: KeyMapping | None
+def _match(
+    place: Folder, files: Sequence[WeightFile], model: nn.Module, mapping: KeyMapping | None
 ) -> tuple[Match, Filler]:
     state = model.state_dict(keep_vars=True)  # also shards what an evaluation left gathered by FSDP
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
@@ -146,16 +212,18 @@ def _plan(
         )
     quantized = find_quantized(place, {tensor.name: tensor for file in files for tensor in file.tensors})
     stored = quantized.as_floats
-    keys = load_keys(model, state, stored, mapping)
+    elsewhere = tied_elsewhere(model, state)
+    tied = {
+        other: torch.empty(state[name].shape, dtype=state[name].dtype, device="meta")
+        for name, other in elsewhere.items()
+    }
+    keys = load_keys(model, {**state, **tied}, stored, mapping)
     keys = replace(
         keys,
         unexpected={**keys.unexpected, **{key: (key,) for key in quantized.unpaired}},
         unfit={**keys.unfit, **quantized.unfit},
     )
-    found = match(model, state, keys, stored)
-    differences = found.differences(strict=strict)
-    if differences:
-        raise ModelMismatch(f"{place.path} does not fit {type(model).__name__}: {differences}")
+    found = match(model, state, keys, stored, elsewhere)
     return found, Filler(Reader(files, keys.sources, scales=quantized.scales), keys)
 
 

@@ -57,17 +57,23 @@ class Match:
 
 
 def match(
-    model: nn.Module, state: Mapping[str, torch.Tensor], keys: LoadKeys, stored: Mapping[str, StoredTensor]
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    keys: LoadKeys,
+    stored: Mapping[str, StoredTensor],
+    elsewhere: Mapping[str, str],
 ) -> Match:
     """Find for every tensor in `state`, the model's `state_dict`, what it is loaded from.
 
-    A tied tensor is loaded if any of its names is in the files. Missing and unexpected keys that Transformers ignores
+    A tied tensor is loaded if any of its names is in the files; `elsewhere` has those that only other stages of a
+    pipeline have, by the name here. Missing and unexpected keys that Transformers ignores
     for this model do not count, nor do those missing that `save_pretrained` leaves out (`_keys_to_ignore_on_save`).
     """
     unfit = dict(keys.unfit)
     targets = []
     missing: list[list[str]] = []
     for names in _tied_in_memory(state):
+        names += dict.fromkeys(elsewhere[name] for name in names if name in elsewhere)
         present = [name for name in names if name in keys.tensors] or list(_declared_ties(model, names, state, keys))
         wrong = {n: why for n in present if (why := _dtype_problem(keys, stored, n, state[names[0]].dtype))}
         unfit.update(wrong)
@@ -105,7 +111,8 @@ def _declared_ties(
     ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     roots = {ties.get(name, name) for name in names}
     for name in sorted({*ties.keys(), *ties.values()}):
-        if ties.get(name, name) in roots and name in keys.tensors and state[name].shape == state[names[0]].shape:
+        is_here = name in state and name in keys.tensors
+        if is_here and ties.get(name, name) in roots and state[name].shape == state[names[0]].shape:
             yield name
             return
 
