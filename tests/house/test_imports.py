@@ -36,7 +36,7 @@ LEVELS = (
 )
 EXCEPTIONS = {
     ("load", "layout"): "loading is the layout read backwards",
-    ("load", "commit"): "ranks that load the stages of a pipeline tell each other what none of them takes",
+    ("load", "commit"): "ranks that load together tell each other how it goes",
 }
 # Of the package itself, what those below the Checkpointer may use: its version, and ("") where it lies on disk.
 FOR_EVERYBODY = {"__version__", ""}

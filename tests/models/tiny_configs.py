@@ -153,6 +153,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "DetrForSegmentation": {"encoder_attention_heads": 8, "decoder_attention_heads": 8},
     "ConditionalDetrForSegmentation": {"encoder_attention_heads": 8, "decoder_attention_heads": 8},
     "inkling_mm_model": {
+        "text_config.mlp_layer_types": ["dense", "sparse"],
         "vision_config.n_layers": 4,
         "vision_config.patch_size": 4,
         "vision_config.temporal_patch_size": 2,

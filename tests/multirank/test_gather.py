@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -113,6 +113,36 @@ def test_computed_keys_are_those_of_the_unsharded_save(way: str, tmp_path: Path)
     assert all(re.fullmatch(COMPUTED, key) for key in done.keys)
     assert sum(owned) == 4  # groups, shared out among the ranks
     assert max(owned) - min(owned) <= 1
+    (other,) = WAYS.keys() - {way}
+    directory = tmp_path / "run" / "as-it-is" / "hf-1"
+    held = 0
+    for bytes_read, local_bytes in run_ranks(WAYS[other][0], _load, directory, other):
+        assert local_bytes < bytes_read < local_bytes + _converted_bytes(_model())
+        held += local_bytes
+    assert held >= sum(parameter.nbytes for parameter in _model().parameters())
+
+
+def _converted_bytes(model: PreTrainedModel) -> int:
+    """What must be read whole for any part: queries, keys and values of the vision tower, one tensor in files."""
+    converted = r"vision_tower\.layers\.\d\.attn\.[qkv]_proj\.(weight|bias)"
+    return sum(parameter.nbytes for name, parameter in model.named_parameters() if re.search(converted, name))
+
+
+@torch.no_grad()
+def _load(directory: Path, way: str) -> tuple[int, int]:
+    """What this rank read, and what it holds; all have the values that Transformers loads, which computes the same."""
+    model = WAYS[way][1]()
+    _doubled(model)
+    report = stillframe.load_hf(directory, model)
+    assert (report.missing, report.unexpected) == ((), ())
+    expected = _model().from_pretrained(directory).state_dict()
+    found = dict(model.state_dict())
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        assert torch.equal(whole.view(torch.uint8), expected[name].view(torch.uint8)), name
+    local_bytes = sum(getattr(p, "_local_tensor", p).nbytes for p in model.parameters())
+    return report.bytes_read, local_bytes
 
 
 def _save_for_the_hub(run_dir: Path, most_elements: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,14 +52,14 @@ def shard_layers(model: PreTrainedModel, **options: object) -> None:
     fully_shard(model, **options)
 
 
-def load_and_measure(directory: Path, model: nn.Module) -> Seen:
+def load_and_measure(directory: Path, model: nn.Module, **options: Any) -> Seen:
     # Loaded twice: what Python reads of its own modules at the first time is not counted.
-    stillframe.load_hf(directory, model)
+    stillframe.load_hf(directory, model, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             local_of(parameter).zero_()
     before = _counted()
-    report = stillframe.load_hf(directory, model)
+    report = stillframe.load_hf(directory, model, **options)
     counted = _counted() - before
     assert (report.missing, report.unexpected) == ((), ())
     return Seen(

@@ -2,7 +2,8 @@
 
 The counterpart of `layout.keys.save_keys`: the keys of a directory go through the renamings and conversions that
 `from_pretrained` would apply, on meta tensors, and what comes out says for every tensor of the model which runs of
-which stored tensors it consists of. So a directory may be in any form that Transformers reads (fused or per expert, as
+which stored tensors it consists of; of a tensor whose values a conversion computes, which stored tensors are converted
+for it (`load.computing` does that). So a directory may be in any form that Transformers reads (fused or per expert, as
 on the Hub or as `save_pretrained` writes it), not only in the one that this model would be saved in.
 
 Source: transformers `core_model_loading.py` (`convert_and_load_state_dict_in_model`), followed step by step.
@@ -11,61 +12,48 @@ Source: transformers `core_model_loading.py` (`convert_and_load_state_dict_in_mo
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    dot_natural_key,
-    rename_source_key,
-)
 
+from stillframe.errors import UnsupportedModel
 from stillframe.layout.keys import save_keys
 from stillframe.layout.renaming import KeyMapping
 from stillframe.layout.runs import Runs
 from stillframe.layout.runtime import runtime_tensors
 from stillframe.layout.tracing import Tracer, is_scattered
+from stillframe.load.converting import assign, conversions_of, convert
 from stillframe.load.safetensors import StoredTensor
+from stillframe.load.sources import Computed, Permutation, Source
 from stillframe.wrappers import unsharded_classes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Permutation:
-    """A strided view of a stored tensor, in elements, whose neighbours are not neighbours in the file: a transpose."""
-
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """What runs point into, as a flat array: the stored tensor `key`, or a permutation of it in row-major order."""
-
-    key: str
-    permutation: Permutation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadKeys:
     """What a directory's keys make of a model.
 
-    `tensors`: name of a tensor of the model -> the runs that tile it, over `sources`. `unexpected`: keys that become
-    nothing that the model has -> the names that they would have. `unfit`: what cannot be loaded, name -> why.
+    `tensors`: name of a tensor of the model -> the runs that tile it, over `sources` and, numbered behind them,
+    `computed`, each of which is a tensor of its own. `unexpected`: keys that become nothing that the model has -> the
+    names that they would have. `unfit`: what cannot be loaded, name -> why.
     """
 
     sources: tuple[Source, ...]
+    computed: tuple[Computed, ...] = ()
     tensors: Mapping[str, Runs]
     unexpected: Mapping[str, tuple[str, ...]]
     unfit: Mapping[str, str]
+
+    def stored_keys(self, name: str) -> set[str]:
+        """The stored tensors that the tensor `name` of the model is loaded from."""
+        numbers = np.unique(self.tensors[name].source).tolist()
+        stored = [n for n in numbers if n < len(self.sources)]
+        for number in numbers[len(stored) :]:
+            stored += self.computed[number - len(self.sources)].conversion.sources
+        return {self.sources[number].key for number in stored}
 
 
 def load_keys(
@@ -77,7 +65,7 @@ def load_keys(
     """What `stored`, by key, makes of `model`, whose `state_dict` is `state`. Reads no data.
 
     Shapes are global ones, however the model is sharded. `key_mapping` is the one that the keys were saved with. Raises
-    UnsupportedModel, naming the tensor, where a conversion is more than renames, slices, concatenations and transposes.
+    UnsupportedModel where a conversion changes what is stored in place.
     """
     if key_mapping is None:
         return _unmapped_keys(model, state, stored)
@@ -140,7 +128,7 @@ def _converted_keys(
 ) -> LoadKeys:
     """What keys make of a Transformers model, by its own conversions."""
     with unsharded_classes(model):
-        groups, unexpected, unfit = _assign(model, state, stored)
+        groups, unexpected, unfit = assign(model, state, stored)
         twins = {
             # In the model's dtype, as Transformers casts before it converts; runs count elements, of any size.
             key: torch.empty(stored[key].shape, dtype=state[group.target].dtype, device="meta")
@@ -148,118 +136,34 @@ def _converted_keys(
             for _, key in group.keys
         }
         tracer = _PermutingTracer(twins)
-        converted = tracer.run(lambda inputs: _convert(model, groups, inputs, unfit))
+        converted = tracer.run(lambda inputs: convert(model, groups, inputs, unfit))
     tensors = {}
+    values: list[str] = []
     for name, tensor in converted.items():
         if name not in state:
             unfit[name] = "the stored keys convert to it, but the model has no such tensor"
         elif tensor.shape != state[name].shape:
             unfit[name] = _other_shape(tensor.shape, state[name].shape)
         else:
-            tensors[name] = tracer.runs_of(name, tensor)
+            try:
+                tensors[name] = tracer.runs_of(name, tensor)
+            except UnsupportedModel:  # no part of anything that is stored, or one in too many pieces
+                values.append(name)
+                continue
             assert tensors[name].covers(tensor.numel()), name
-    return LoadKeys(sources=tuple(tracer.views), tensors=tensors, unexpected=unexpected, unfit=unfit)
-
-
-@dataclass(slots=True)
-class _Group:
-    """Keys that together become `target` (and, by a converter, maybe more), each with the pattern it matched."""
-
-    target: str
-    converter: WeightConverter | None
-    keys: list[tuple[str, str]] = field(default_factory=list)
-
-
-def _conversions(model: PreTrainedModel) -> list[WeightTransform]:
-    """What `from_pretrained` applies to a model of this class, after the renamings that this very model came with.
-
-    A `key_mapping` that was given to `from_pretrained` is undone by a save of that model, so files have the names
-    from before it.
-    """
-    known: list[WeightTransform] = get_model_conversion_mapping(model)
-    patterns = {_patterns(transform) for transform in known}
-    own = [
-        deepcopy(transform)  # renaming leaves marks, from which a save concludes what to undo
-        for transform in getattr(model, "_weight_conversions", None) or ()
-        if type(transform) is WeightRenaming and _patterns(transform) not in patterns
-    ]
-    return own + known
-
-
-def _patterns(transform: WeightTransform) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
-    """What tells renamings apart: scope, source and target patterns.
-
-    As they are applied, not as they were given (`_original_source_patterns`): a save of the model rewrites the latter,
-    for `reverse_transform` hands them on to be processed in place.
-    """
-    return transform.scope_prefix, tuple(transform.source_patterns), tuple(transform.target_patterns)
-
-
-def _assign(
-    model: PreTrainedModel, state: dict[str, torch.Tensor], stored: Iterable[str]
-) -> tuple[list[_Group], dict[str, tuple[str, ...]], dict[str, str]]:
-    """Sort keys into the groups that are converted together; also the unexpected and the contradictory ones."""
-    conversions = _conversions(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    converter_of = {pattern: c for c in converters for pattern in c.source_patterns}
-    prefix = model.base_model_prefix
-    groups: dict[str, _Group] = {}
-    unexpected: dict[str, tuple[str, ...]] = {}
-    unfit: dict[str, str] = {}
-    for key in sorted(stored, key=dot_natural_key):
-        target, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if target not in state and key in state:
-            target, pattern = rename_source_key(key, [], [], prefix, state)
-        converter = None if pattern is None else converter_of[pattern]
-        if target not in state:
-            names = [target] if converter is None else converter.target_patterns
-            first = names[0]
-            unexpected[key] = tuple(target.replace(first, name) for name in names)
-            continue
-        if target not in groups:
-            groups[target] = _Group(target, deepcopy(converter))
-        group = groups[target]
-        together = group.converter is not None and pattern in group.converter.source_patterns
-        if group.keys and not together:
-            unfit[target] = f"more than one stored key is for it: {group.keys[0][1]} and {key}"
-        else:
-            group.keys.append((pattern or key, key))
-    return [group for target, group in groups.items() if target not in unfit], unexpected, unfit
-
-
-def _convert(
-    model: PreTrainedModel, groups: Sequence[_Group], twins: Mapping[str, torch.Tensor], unfit: dict[str, str]
-) -> dict[str, torch.Tensor]:
-    """Run the conversions; those that fail for the shapes that they are given go into `unfit`."""
-    converted: dict[str, torch.Tensor] = {}
-    for group in groups:
-        if group.converter is None:
-            _add(converted, group.target, twins[group.keys[0][1]], unfit)
-            continue
-        for pattern, key in group.keys:
-            group.converter.add_tensor(group.target, key, pattern, twins[key])  # type: ignore[arg-type]  # as in a save
-        try:
-            results = group.converter.convert(group.target, model=model, config=model.config)
-        except Exception as error:  # noqa: BLE001 - any operation may raise anything; it is reported, with the keys
-            unfit[group.target] = f"cannot be made of what is stored, {_summary(group)}: {error}"
-            continue
-        for name, tensor in results.items():
-            _add(converted, name, tensor[0] if isinstance(tensor, list) else tensor, unfit)
-    return {name: tensor for name, tensor in converted.items() if name not in unfit}
-
-
-def _summary(group: _Group) -> str:
-    """How many keys there are of each kind that the converter takes: shows what is missing."""
-    assert group.converter is not None
-    counts = Counter(pattern for pattern, _ in group.keys)
-    return ", ".join(f"{counts[pattern]} keys like {pattern}" for pattern in group.converter.source_patterns)
-
-
-def _add(converted: dict[str, torch.Tensor], name: str, tensor: torch.Tensor, unfit: dict[str, str]) -> None:
-    if name in converted:
-        unfit[name] = "more than one group of stored keys is for it, in different forms"
-    converted[name] = tensor
+    conversions = conversions_of(values, model, groups, twins)
+    for number, name in enumerate(values, start=len(tracer.views)):
+        size = converted[name].numel()
+        tensors[name] = Runs.of([(0, number, 0, size)] if size else [])
+    return LoadKeys(
+        sources=tuple(tracer.views),
+        computed=tuple(
+            Computed(name=name, shape=tuple(converted[name].shape), conversion=conversions[name]) for name in values
+        ),
+        tensors=tensors,
+        unexpected=unexpected,
+        unfit=unfit,
+    )
 
 
 class _PermutingTracer(Tracer):

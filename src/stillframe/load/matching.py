@@ -6,7 +6,6 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -123,8 +122,7 @@ def _dtype_problem(keys: LoadKeys, stored: Mapping[str, StoredTensor], name: str
 
     An 8-bit one is meaningless without the scales stored beside it, and others lose more than precision.
     """
-    sources = np.unique(keys.tensors[name].source).tolist()
-    for found in sorted({stored[keys.sources[s].key].dtype for s in sources}, key=str):
+    for found in sorted({stored[key].dtype for key in keys.stored_keys(name)}, key=str):
         if found != dtype and not {found, dtype} <= _CASTS_FROM:
             return f"is {found} in the files, {dtype} in the model, which is not cast"
     return None

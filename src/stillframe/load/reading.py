@@ -20,8 +20,8 @@ from stillframe.errors import CorruptCheckpoint, LoadError
 from stillframe.layout.runs import Ints, Runs, overlap
 from stillframe.load.dequantizing import Dequantizer, Scales
 from stillframe.load.directory import WeightFile
-from stillframe.load.keys import Permutation, Source
 from stillframe.load.safetensors import StoredTensor
+from stillframe.load.sources import Permutation, Source
 
 _BOUNCE_BYTES = 16 << 20
 _MAX_BUFFERS = 1024  # IOV_MAX on Linux: how many places one preadv can read into
@@ -192,15 +192,24 @@ class Reader:
 
     def _read_into(self, file: int, offset: int, places: list[memoryview]) -> None:
         opened = self._files[file]
-        self.bytes_read += read_into(opened.path, opened.descriptor, offset, places, self._max_read_bytes)
+        self.bytes_read += read_into(
+            opened.path, opened.descriptor, offset, places, self._max_read_bytes, tensors=opened.tensors
+        )
 
 
 def read_into(
-    path: Path, descriptor: int, offset: int, places: Sequence[memoryview], max_read_bytes: int = _MAX_READ_BYTES
+    path: Path,
+    descriptor: int,
+    offset: int,
+    places: Sequence[memoryview],
+    max_read_bytes: int = _MAX_READ_BYTES,
+    *,
+    tensors: Sequence[StoredTensor] = (),
 ) -> int:
     """Read consecutive bytes of a file into `places`, one after the other; returns how many they are.
 
-    Raises CorruptCheckpoint where the file ends before, LoadError where reading fails.
+    Raises CorruptCheckpoint where the file ends before, LoadError where reading fails, with that of the file's
+    `tensors` in which it does.
     """
     waiting = [place for place in reversed(places) if len(place)]
     begin = offset
@@ -217,12 +226,20 @@ def read_into(
         try:
             got = os.preadv(descriptor, batch, offset)
         except OSError as error:
-            raise LoadError(f"{path}: cannot read {batch_bytes} bytes from byte {offset}: {error}") from error
+            where = f"{offset}{_of_tensor(offset, tensors)}"
+            raise LoadError(f"{path}: cannot read {batch_bytes} bytes from byte {where}: {error}") from error
         if not got:
-            raise CorruptCheckpoint(f"{path}: ended at byte {offset} while it was being read")
+            where = f"{offset}{_of_tensor(offset, tensors)}"
+            raise CorruptCheckpoint(f"{path}: ended at byte {where} while it was being read")
         offset += got
         waiting.extend(reversed(left_to_read(batch, got)))
     return offset - begin
+
+
+def _of_tensor(offset: int, tensors: Sequence[StoredTensor]) -> str:
+    found = (t.name for t in tensors if t.file_offset <= offset < t.file_offset + t.length_bytes)
+    name = next(found, None)
+    return "" if name is None else f" (of {name!r})"
 
 
 def left_to_read(places: list[memoryview], got: int) -> list[memoryview]:

@@ -59,13 +59,19 @@ class OtherStages:
         self._exchange(error)
 
     def _exchange(self, text: str | Exception) -> Exchanged:
-        try:
-            return exchange_once(text, what="loads", path=self.directory, timeout_s=self.timeout_s)
-        except SaveTimeout as error:
-            raise LoadError(f"{self.directory}: {error.reason}") from error
-        except SaveFailed as error:
-            where = "" if error.rank is None else f"rank {error.rank}: "
-            raise LoadError(f"{self.directory}: {where}{error.reason}") from error
+        return tell_all(text, what="loads", directory=self.directory, timeout_s=self.timeout_s)
+
+
+def tell_all(text: str | Exception, *, what: str, directory: Path, timeout_s: float) -> Exchanged:
+    """`commit.exchange.exchange_once`, for a load of `directory`: raises on all ranks what one has failed with, or
+    LoadError where one does not come in time."""
+    try:
+        return exchange_once(text, what=what, path=directory, timeout_s=timeout_s)
+    except SaveTimeout as error:
+        raise LoadError(f"{directory}: {error.reason}") from error
+    except SaveFailed as error:
+        where = "" if error.rank is None else f"rank {error.rank}: "
+        raise LoadError(f"{directory}: {where}{error.reason}") from error
 
 
 def without_unexpected(own: Match) -> Match:

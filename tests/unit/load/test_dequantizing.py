@@ -20,8 +20,8 @@ from stillframe.layout.runs import Runs
 from stillframe.load.dequantizing import find_quantized
 from stillframe.load.directory import WEIGHTS_NAME, open_weights
 from stillframe.load.folder import open_folder
-from stillframe.load.keys import Permutation, Source
 from stillframe.load.reading import Reader
+from stillframe.load.sources import Permutation, Source
 from stillframe.testing.models import tiny_qwen3
 
 FP8 = torch.float8_e4m3fn

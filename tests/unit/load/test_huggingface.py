@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import PreTrainedModel, Tipsv2TextConfig, Tipsv2TextModel, conversion_mapping
-from transformers.core_model_loading import Chunk, PermuteForRope, WeightConverter
+from transformers.core_model_loading import Chunk, ConversionOps, PermuteForRope, WeightConverter
 
 import stillframe
-from stillframe.errors import CorruptCheckpoint, ModelMismatch, NotACheckpoint, OptionError, UnsupportedModel
-from stillframe.load.keys import Permutation, load_keys
+from stillframe.errors import CorruptCheckpoint, LoadError, ModelMismatch, NotACheckpoint, OptionError, UnsupportedModel
+from stillframe.load.keys import load_keys
 from stillframe.load.safetensors import StoredTensor
+from stillframe.load.sources import Permutation
 from stillframe.testing.models import tiny_batch, tiny_qwen3, tiny_qwen3_moe, tiny_qwen3_vl_moe
 from stillframe.wrappers import clean_name
 
@@ -430,22 +431,64 @@ def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
         stillframe.load_hf(tmp_path, model)
 
 
-def test_a_conversion_that_computes_values_is_refused(tmp_path: Path) -> None:
-    """A model of which loading is more than moving bytes: its keys say so, its values are not guessed."""
-    saved = tiny_qwen3(seed=1)
-    saved.save_pretrained(tmp_path)
+class Doubling(ConversionOps):
+    """Values that are in no file, of all keys of a kind; on shapes alone it does what it does on values."""
+
+    def convert(self, input_dict: dict[str, list[torch.Tensor]], **kwargs: object) -> dict[str, torch.Tensor]:
+        (found,) = input_dict.values()
+        return {"mlp.up_proj.weight": found[0] * 2}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+class Fickle(Doubling):
+    """Makes of values something else than of shapes, or nothing at all."""
+
+    def convert(self, input_dict: dict[str, list[torch.Tensor]], **kwargs: object) -> dict[str, torch.Tensor]:
+        (found,) = input_dict.values()
+        if found[0].device.type == "cpu":
+            if found[0].sum() > 0:
+                raise ArithmeticError("values too large")
+            found = [found[0][:-1]]
+        return {"mlp.up_proj.weight": found[0] * 2}
+
+
+def _rows_of(operation: ConversionOps, name: str = "mlp.up_proj.weight") -> WeightConverter:
+    return WeightConverter(source_patterns=name, target_patterns=name, operations=[operation])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operation", [PermuteForRope(), Doubling()])
+def test_values_that_a_conversion_computes_are_those_of_from_pretrained(
+    operation: ConversionOps, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tiny_qwen3(seed=1).save_pretrained(tmp_path)
+    model = tiny_qwen3(seed=2, dtype=dtype)
+    with _registered(_rows_of(operation)):
+        expected = type(model).from_pretrained(tmp_path, dtype=dtype)
+        report = stillframe.load_hf(tmp_path, model)
+    assert_same(values(model), values(expected))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(values(expected)[name], values(tiny_qwen3(seed=1, dtype=dtype))[name]), "it is computed"
+    assert report.bytes_read == sum(tensor.nbytes for tensor in tiny_qwen3(seed=1).parameters())
+
+
+@pytest.mark.parametrize(("sign", "said"), [(1, "values too large"), (-1, r"makes \(\d+, 56\) of .* of their shapes")])
+def test_a_conversion_that_fails_on_values_is_an_error_that_names_the_tensor(
+    sign: int, said: str, tmp_path: Path
+) -> None:
+    tiny_qwen3(seed=1).save_pretrained(tmp_path)
+
+    def signed(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.abs() * sign
+
+    edit(tmp_path, signed)
     model = tiny_qwen3(seed=2)
-    permute = _rope_permutation()
-    with unchanged(model), _registered(permute), pytest.raises(UnsupportedModel, match=r"q_proj.*computes new values"):
+    with _registered(_rows_of(Fickle())), pytest.raises(LoadError, match=rf"layers\.\d\.mlp\.up_proj\.weight.*{said}"):
         stillframe.load_hf(tmp_path, model)
-
-
-def _rope_permutation() -> WeightConverter:
-    return WeightConverter(
-        source_patterns="self_attn.q_proj.weight",
-        target_patterns="self_attn.q_proj.weight",
-        operations=[PermuteForRope()],
-    )
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from stillframe.errors import CorruptCheckpoint, LoadError
 from stillframe.layout.runs import Runs
 from stillframe.load.directory import WEIGHTS_NAME, WeightFile, open_weights
-from stillframe.load.keys import Permutation, Source
 from stillframe.load.reading import Reader, left_to_read
+from stillframe.load.sources import Permutation, Source
 
 # Neighbours in the file in this order: safetensors sorts by dtype, then by name.
 STORED = {
@@ -191,7 +191,7 @@ def test_a_file_cut_short_after_it_was_opened_is_an_error_with_the_place(tmp_pat
         reader = Reader(opened, sources("bytes", "a"))
         os.truncate(tmp_path / WEIGHTS_NAME, opened[0].size_bytes - 3)
         flat = torch.zeros(7, dtype=torch.uint8)
-        with pytest.raises(CorruptCheckpoint, match=rf"ended at byte {opened[0].size_bytes - 3} while"):
+        with pytest.raises(CorruptCheckpoint, match=rf"ended at byte {opened[0].size_bytes - 3} \(of 'bytes'\) while"):
             reader.fill(flat, Runs.of([(0, 0, 0, 7)]))
         values = torch.zeros(60)
         reader.fill(values, Runs.of([(0, 1, 0, 60)]))
@@ -203,7 +203,8 @@ def test_an_error_of_the_file_system_is_raised_with_the_place(tmp_path: Path) ->
         descriptor = os.open(tmp_path, os.O_RDONLY)
         try:
             broken = WeightFile(path=file.path, descriptor=descriptor, size_bytes=file.size_bytes, tensors=file.tensors)
-            with pytest.raises(LoadError, match=rf"{WEIGHTS_NAME}: cannot read 240 bytes from byte \d+: .*directory"):
+            said = rf"{WEIGHTS_NAME}: cannot read 240 bytes from byte \d+ \(of 'a'\): .*directory"
+            with pytest.raises(LoadError, match=said):
                 Reader([broken], sources("a")).fill(torch.zeros(60), Runs.of([(0, 0, 0, 60)]))
         finally:
             os.close(descriptor)
