@@ -1,6 +1,7 @@
 # Every target sets up its own virtual environment, .venv, when there is none. What they do: CONTRIBUTING.md.
 #
 #   make test ARGS="-k snapshot"     further arguments for pytest
+#   make test JOBS=4                 so many tests at once; 2 without it, 0 for one after the other in one process
 #   make demo PYTHON=python3.12      which Python makes the environment; any from 3.11 on
 #   make test PIP_ARGS="..."         further arguments for pip install, such as an index
 #   make test TORCH_BUILD=any        take the build of torch that pip finds, CUDA or not
@@ -12,8 +13,10 @@
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$name" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$name"; break; }; done)
 PIP_ARGS ?=
+JOBS ?= 2
 TORCH_BUILD ?= auto
 ARGS ?=
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,13 +35,13 @@ demo: $(INSTALLED)
 	@$(BIN)/python examples/demo/run.py
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 format: $(INSTALLED)
 	@$(BIN)/ruff format .
