@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.notice import OUT_OF_TIME_STATUS, SIGNALS
 from stillframe.testing import RankFailed, Ranks
 from stillframe.train.hooks import Hook
 from stillframe.train.loop import train
-from stillframe.train.preemption import OUT_OF_TIME_STATUS, SIGNALS
 from tests.e2e.training import DROPOUT, Sections, digests, events, losses, train_to_the_end
 from tests.unit.train import material
 
