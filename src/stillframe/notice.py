@@ -154,10 +154,10 @@ class Notice:
     def _last_words(self) -> None:
         doing = self._in_flight()
         _log.critical(
-            "%s came %g s ago, and the process ends now, without its save: %s",
+            "%s came %g s ago, and the process ends now: %s",
             self._why,
             self._budget_s,
-            "no step ended" if doing is None else doing,
+            "no save is in flight" if doing is None else doing,
         )
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):

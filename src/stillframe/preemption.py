@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Self
 
 from stillframe.checkpointer import Checkpointer
-from stillframe.commit.boundary import Boundary
+from stillframe.commit.together import Together
+from stillframe.errors import OptionError
 from stillframe.notice import SIGNALS, Notice
 
 # Of the budget, what the ranks may take to agree; most of it belongs to the save.
@@ -46,20 +47,22 @@ class Preemption:
         signals: Collection[signal.Signals] = SIGNALS,
         budget_s: float = 25.0,
     ) -> None:
+        if not signals:
+            raise OptionError("signals is empty: name those that a preemption begins with")
         self._checkpointer = checkpointer
         self._budget_s = budget_s
-        self._boundary: Boundary | None = None
+        self._together: Together | None = None
         self._why: str | None = None
         self._notice = Notice(signals=signals, budget_s=budget_s, in_flight=self._saving, on_received=self._received)
 
     def __enter__(self) -> Self:
-        self._boundary = self._checkpointer.common_boundary(
+        self._together = self._checkpointer.act_together(
             timeout_s=self._budget_s * _AGREEMENT_SHARE, on_called=self._called
         )
         try:
             self._notice.__enter__()
         except BaseException as error:
-            self._boundary.leave(error)
+            self._together.leave(error)
             raise
         return self
 
@@ -70,9 +73,9 @@ class Preemption:
 
         Rank 0 waits, at most 10 s, until the others know that; after an exception it does not.
         """
-        assert self._boundary is not None, "it was entered"
+        assert self._together is not None, "it was entered"
         try:
-            self._boundary.leave(error)
+            self._together.leave(error)
         finally:
             self._notice.__exit__(kind, error, traceback)
 
@@ -83,8 +86,8 @@ class Preemption:
         After one, it may wait for the moment until all ranks have said where they are, which does not depend on their
         training threads. Raises SaveTimeout, naming the ranks that said nothing, a quarter of the budget later.
         """
-        assert self._boundary is not None, "call it inside of the context"
-        return self._boundary.passes(step)
+        assert self._together is not None, "call it inside of the context"
+        return self._together.passes(step)
 
     @property
     def why(self) -> str | None:
@@ -92,8 +95,8 @@ class Preemption:
         return self._why
 
     def _received(self, number: signal.Signals) -> None:
-        assert self._boundary is not None, "it was entered"
-        self._boundary.call(number.name)
+        assert self._together is not None, "it was entered"
+        self._together.call(number.name)
 
     def _called(self, why: str) -> None:
         self._why = why
@@ -101,9 +104,4 @@ class Preemption:
 
     def _saving(self) -> str | None:
         progress = self._checkpointer.in_flight
-        if progress is None:
-            return None
-        return (
-            f"{progress.kind}-{progress.step} is {progress.state}, "
-            f"{progress.bytes_done} of {progress.bytes_total} bytes written"
-        )
+        return None if progress is None else str(progress)

@@ -91,7 +91,7 @@ def test_a_process_that_does_not_come_to_its_save_within_the_budget_ends(tmp_pat
     with pytest.raises(RankFailed) as raised:
         train_alone(tmp_path, run, Stuck())
     assert f"ended with exit code {OUT_OF_TIME_STATUS}" in str(raised.value)
-    assert "SIGTERM came 0.5 s ago, and the process ends now, without its save: no step ended" in str(raised.value)
+    assert "SIGTERM came 0.5 s ago, and the process ends now: no save is in flight" in str(raised.value)
     assert names(tmp_path / "run") == {"checkpoint-2"}
 
 

@@ -1,0 +1,187 @@
+"""A user's own loop under `stillframe.Preemption`: all ranks save and end at one step, whoever gets the signal, when."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import stillframe
+from stillframe.errors import ClosedError, OptionError, SaveTimeout
+from stillframe.notice import SIGNALS
+from stillframe.testing import Ranks, hold_at, reached, run_process, run_ranks
+from stillframe.testing.models import tiny_qwen3
+from tests.multirank.exports import distribute
+from tests.multirank.footprint import footprint, grown
+
+STEPS = 100_000
+Signalled = dict[int, tuple[int, signal.Signals]]
+"""Of ranks, the step in which they get a signal, and which."""
+
+
+def open_checkpointer(run_dir: Path) -> stillframe.Checkpointer:
+    model = tiny_qwen3()
+    if dist.is_initialized():
+        model = distribute(model, "fsdp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return stillframe.Checkpointer(run_dir, model=model, optimizer=optimizer, hf_export=False, save_timeout_s=60)
+
+
+def take_step(step: int, signalled: Signalled) -> None:
+    """A step in which all ranks need each other. The signal comes in the middle of it, twice."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.ones(1))
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    at, number = signalled.get(rank, (None, None))
+    if step == at and number is not None:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+
+def train(run_dir: Path, signalled: Signalled) -> tuple[int, str | None]:
+    """Train until preempted; the last step, and why."""
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    with open_checkpointer(run_dir) as ckpt:
+        before = footprint()
+        with stillframe.Preemption(ckpt, budget_s=100) as preemption:
+            for step in range(1, STEPS + 1):
+                take_step(step, signalled)
+                if step == 5:
+                    reached("training")
+                if preemption.due(step):
+                    ckpt.save(step)
+                    break
+        assert grown(before) == {}
+        assert [signal.getsignal(number) for number in SIGNALS] == handlers
+    return step, preemption.why
+
+
+@pytest.mark.parametrize(
+    "signalled",
+    [
+        {0: (1, signal.SIGTERM)},
+        {2: (3, signal.SIGUSR1)},
+        {0: (4, signal.SIGTERM), 1: (4, signal.SIGTERM), 2: (4, signal.SIGTERM)},
+        {1: (2, signal.SIGUSR1), 0: (3, signal.SIGTERM)},
+    ],
+    ids=["rank 0", "rank 2", "all", "two, one after the other"],
+)
+def test_all_ranks_save_one_step(tmp_path: Path, signalled: Signalled) -> None:
+    (first, why), *others = run_ranks(3, train, tmp_path / "run", signalled)
+    assert others == [(first, why)] * 2
+    assert first >= min(step for step, _ in signalled.values())
+    assert why in {f"{number.name} on rank {rank}" for rank, (_, number) in signalled.items()}
+    saved = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir() and not path.is_symlink()}
+    assert saved == {f"checkpoint-{first}"}
+
+
+def test_a_signal_from_outside(tmp_path: Path) -> None:
+    with Ranks(2, train, tmp_path / "run", {}) as ranks:
+        for rank in range(2):
+            ranks.wait_reached("training", rank=rank)
+        ranks.send_signal(1, signal.SIGTERM)
+        (step, why), other = ranks.join()
+    assert other == (step, why)
+    assert (tmp_path / "run" / f"checkpoint-{step}").is_dir()
+    assert why == "SIGTERM on rank 1"
+
+
+def test_alone(tmp_path: Path) -> None:
+    step, why = run_process(train, tmp_path / "run", {0: (2, signal.SIGUSR1)})
+    assert step >= 2
+    assert why == "SIGUSR1 on rank 0"
+    assert (tmp_path / "run" / f"checkpoint-{step}").is_dir()
+
+
+def end_before(run_dir: Path, signalled: Signalled) -> list[bool]:
+    """The last step is also the one in which a signal comes, or the training never hears of one."""
+    with open_checkpointer(run_dir) as ckpt:
+        before = footprint()
+        with stillframe.Preemption(ckpt) as preemption:
+            due = []
+            for step in (1, 2):
+                take_step(step, signalled)
+                due.append(preemption.due(step))
+        assert grown(before) == {}
+        return due
+
+
+@pytest.mark.parametrize("signalled", [{}, {0: (2, signal.SIGTERM)}, {1: (2, signal.SIGUSR1)}], ids=["no", "0", "1"])
+def test_a_training_that_ends_meanwhile_waits_for_nothing(tmp_path: Path, signalled: Signalled) -> None:
+    first, second = run_ranks(2, end_before, tmp_path, signalled)
+    assert first == second
+
+
+def miss_a_rank(run_dir: Path) -> str:
+    with open_checkpointer(run_dir) as ckpt, stillframe.Preemption(ckpt, budget_s=8) as preemption:
+        hold_at("entered")
+        if dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(SaveTimeout) as raised:
+            for step in range(1, 10**9):
+                preemption.due(step)
+        assert (raised.value.rank, raised.value.stage) == (2, "preemption")
+        os._exit(0) if dist.get_rank() != 0 else None
+        return raised.value.reason
+
+
+def test_a_dead_rank_is_named(tmp_path: Path) -> None:
+    with Ranks(3, miss_a_rank, tmp_path) as ranks:
+        for rank in range(3):
+            ranks.wait_reached("entered", rank=rank)
+        ranks.send_signal(2, signal.SIGKILL)
+        for rank in range(2):
+            ranks.release(rank)
+        outcomes = ranks.outcomes()
+    assert [outcome.failure and outcome.failure.reason for outcome in outcomes][2] == "killed by SIGKILL"
+
+
+def fail_inside(run_dir: Path) -> None:
+    ckpt = open_checkpointer(run_dir)
+    before = footprint()
+    with pytest.raises(RuntimeError, match="training failed"), stillframe.Preemption(ckpt) as preemption:
+        preemption.due(1)
+        raise RuntimeError("training failed")
+    assert grown(before) == {}
+    assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL] * 2
+    dist.barrier()
+    ckpt.close()
+
+
+def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
+    run_ranks(2, fail_inside, tmp_path)
+
+
+def misuse(run_dir: Path) -> None:
+    ckpt = open_checkpointer(run_dir)
+    before = footprint()
+    errors: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            stillframe.Preemption(ckpt).__enter__()
+        except OptionError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join(60)
+    assert len(errors) == 1
+    del thread
+    with pytest.raises(OptionError, match="budget_s"):
+        stillframe.Preemption(ckpt, budget_s=-1)
+    with pytest.raises(OptionError, match="signals is empty"):
+        stillframe.Preemption(ckpt, signals=())
+    assert grown(before) == {}
+    ckpt.close()
+    with pytest.raises(ClosedError):
+        stillframe.Preemption(ckpt).__enter__()
+
+
+def test_misuse_is_refused(tmp_path: Path) -> None:
+    run_process(misuse, tmp_path)
