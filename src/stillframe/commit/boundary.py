@@ -111,7 +111,9 @@ class Chair:
             f"{in_words(late)} did not say within {timeout_s:.3g} s how far the training is (of {self._world_size} "
             "ranks); dead, stopped, or not inside of a Preemption?"
         )
-        return self._decide(failure=asdict(Failure(error="SaveTimeout", rank=late[0], stage=STAGE, reason=reason)))
+        post = self._decide(failure=asdict(Failure(error="SaveTimeout", rank=late[0], stage=STAGE, reason=reason)))
+        self._gone.update(late)  # told, should they yet listen, but not waited for
+        return post
 
     def _follow(self, failure: Message | None) -> Post:
         """What follows from all that was said. Rank 0's end is the last chance to tell the others anything."""
