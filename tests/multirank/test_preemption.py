@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from stillframe.testing import Ranks, hold_at, reached, run_process, run_ranks
 from stillframe.testing.models import tiny_qwen3
 from tests.multirank.exports import distribute
 from tests.multirank.footprint import footprint, grown
+from tests.multirank.held_writers import wait_until
 
 STEPS = 100_000
 Signalled = dict[int, tuple[int, signal.Signals]]
@@ -38,6 +40,26 @@ def open_checkpointer(run_dir: Path) -> stillframe.Checkpointer:
     return stillframe.Checkpointer(run_dir, model=model, optimizer=optimizer, hf_export=False, save_timeout_s=60)
 
 
+def assert_nothing_left(before: Mapping[str, int]) -> None:
+    """Once all ranks have left: rank 0 holds the other ends of their connections until it sees that they are closed."""
+    barrier()
+    wait_until(lambda: grown(before) == {}, "nothing is left")
+    barrier()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def footprint_of_all() -> Mapping[str, int]:
+    """Before any of them goes on."""
+    barrier()
+    before = footprint()
+    barrier()
+    return before
+
+
 def take_step(step: int, signalled: Signalled) -> None:
     """A step in which all ranks need each other. The signal comes in the middle of it, twice."""
     if dist.is_initialized():
@@ -55,7 +77,7 @@ def train(run_dir: Path, signalled: list[Signalled]) -> list[tuple[int, str | No
     ended: list[tuple[int, str | None]] = []
     with open_checkpointer(run_dir) as ckpt:
         ckpt.save(0)  # what the first save starts stays
-        before = footprint()
+        before = footprint_of_all()
         for one in signalled:
             done = ended[-1][0] if ended else 0
             with stillframe.Preemption(ckpt, budget_s=100) as preemption:
@@ -67,7 +89,7 @@ def train(run_dir: Path, signalled: list[Signalled]) -> list[tuple[int, str | No
                         ckpt.save(step)
                         break
             ended.append((step, preemption.why))
-            assert grown(before) == {}
+            assert_nothing_left(before)
             assert [signal.getsignal(number) for number in SIGNALS] == handlers
     return ended
 
@@ -109,7 +131,7 @@ def end_before(run_dir: Path, signalled: list[Signalled]) -> list[list[bool]]:
     """The step in which a signal comes is the last one."""
     answers = []
     with open_checkpointer(run_dir) as ckpt:
-        before = footprint()
+        before = footprint_of_all()
         for one in signalled:
             with stillframe.Preemption(ckpt) as preemption:
                 due = []
@@ -117,7 +139,7 @@ def end_before(run_dir: Path, signalled: list[Signalled]) -> list[list[bool]]:
                     take_step(step, one)
                     due.append(preemption.due(step))
             answers.append(due)
-            assert grown(before) == {}
+            assert_nothing_left(before)
     return answers
 
 
@@ -165,12 +187,11 @@ def fail(ckpt: stillframe.Checkpointer) -> None:
 
 def fail_inside(run_dir: Path) -> None:
     ckpt = open_checkpointer(run_dir)
-    before = footprint()
+    before = footprint_of_all()
     with pytest.raises(RuntimeError, match="training failed"):
         fail(ckpt)
-    assert grown(before) == {}
+    assert_nothing_left(before)
     assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL] * 2
-    dist.barrier()
     ckpt.close()
 
 
