@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from stillframe.checkpointer import Checkpointer
     from stillframe.load.huggingface import load_hf
     from stillframe.load.verifying import verify
+    from stillframe.preemption import Preemption
 
 __version__ = version("stillframe")
-__all__ = ["Checkpointer", "__version__", "load_hf", "verify"]
+__all__ = ["Checkpointer", "Preemption", "__version__", "load_hf", "verify"]
 
 _HOMES = {
     "Checkpointer": "stillframe.checkpointer",
+    "Preemption": "stillframe.preemption",
     "load_hf": "stillframe.load.huggingface",
     "verify": "stillframe.load.verifying",
 }

@@ -26,6 +26,7 @@ from stillframe.catalog.history import History
 from stillframe.commit.exchange import Exchange
 from stillframe.commit.failure import Failure
 from stillframe.commit.rendezvous import meet
+from stillframe.commit.together import Together
 from stillframe.commit.vote import Ballot
 from stillframe.errors import (
     CheckpointExists,
@@ -393,6 +394,12 @@ class Checkpointer:
         # tidied up behind its back.
         atexit.unregister(self._at_exit)
         threading.Thread(target=self._close_behind, name="stillframe-close", daemon=True).start()
+
+    def act_together(self, *, timeout_s: float, on_called: Callable[[str], None]) -> Together:
+        """What `stillframe.Preemption` is made of: the ranks of this Checkpointer agree on one step. Every rank calls
+        it, as often as the others; it waits for none of them. Raises ClosedError, SaveFailed."""
+        self._live_frames()
+        return Together(self._meeting, path=self._options.run_dir, timeout_s=timeout_s, on_called=on_called)
 
     # Behind the calls
 

@@ -74,6 +74,12 @@ class BoundedStore:
 
         return self._ask(pop, timeout_s)
 
+    def another(self, *, answer_timeout_s: float) -> BoundedStore:
+        """The same keys, for another thread: a connection of its own, so that no wait of the one holds up the other."""
+        # A method of every store, of which torch's stubs do not know.
+        clone: Store = self._ask(lambda store: store.clone(), 0)  # type: ignore[attr-defined]
+        return BoundedStore(clone, remote=self._remote, answer_timeout_s=answer_timeout_s)
+
     def close(self) -> None:
         """Let go of the store; one that this process serves ends with its last holder."""
         self._store = None

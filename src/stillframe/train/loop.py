@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from stillframe.checkpointer import Checkpointer
 from stillframe.errors import OptionError
+from stillframe.notice import SIGNALS, Notice
 from stillframe.policies import OnFailure
 from stillframe.train import model as models
 from stillframe.train import optim, parallel, resuming
@@ -22,7 +24,6 @@ from stillframe.train.data import IGNORED, Batch, PackedBatches
 from stillframe.train.documents import read_corpus
 from stillframe.train.hooks import Hook, load_hooks
 from stillframe.train.parallel import Ranks
-from stillframe.train.preemption import Preemption
 from stillframe.train.progress import Progress, StepMetrics
 from stillframe.train.saves import Saves
 from stillframe.train.state import TrainState
@@ -135,20 +136,24 @@ class Trainer:
                 if self.step >= self.total_steps:
                     progress.say(f"step {self.step} of {self.total_steps}: nothing is left to train")
                 checkpoint = self.config.checkpoint
-                preemption = Preemption(
-                    enabled=checkpoint.preemption and saves.at_preemption is not None,
-                    budget_s=checkpoint.preemption_budget_s,
-                    progress=saves.in_flight,
+                is_preemptible = (
+                    checkpoint.preemption
+                    and saves.at_preemption is not None
+                    and threading.current_thread() is threading.main_thread()  # elsewhere Python has no signals
                 )
-                with preemption:
-                    self._take_steps(saves, progress, preemption)
+                with Notice(
+                    signals=SIGNALS if is_preemptible else (),
+                    budget_s=checkpoint.preemption_budget_s,
+                    in_flight=saves.in_flight,
+                ) as notice:
+                    self._take_steps(saves, progress, notice)
                     saves.deliver_all(self.step)
                 if self.step < self.total_steps:
                     progress.say(
                         f"preempted after step {self.step} of {self.total_steps}; the same command goes on from there"
                     )
 
-    def _take_steps(self, saves: Saves, progress: Progress, preemption: Preemption) -> None:
+    def _take_steps(self, saves: Saves, progress: Progress, notice: Notice) -> None:
         """All steps that are left, or as many as there is time for."""
         self._started_s = time.perf_counter()
         log = _Window(self)
@@ -160,7 +165,7 @@ class Trainer:
             # publication, so that its hooks run at the same step on all of them, and whether any is being preempted.
             own_label_tokens = sum(batch.label_tokens for batch in batches)
             label_tokens, settled, preempted = self.ranks.sum(
-                own_label_tokens, saves.is_settled(), preemption.received is not None
+                own_label_tokens, saves.is_settled(), notice.received is not None
             )
             if settled == self.ranks.world_size:
                 saves.deliver(step - 1)

@@ -158,12 +158,7 @@ class Saves:
     def in_flight(self) -> str | None:
         """The save in flight in a few words, such as "hf-40: written 61%"."""
         progress = self._checkpointer.in_flight
-        if progress is None:
-            return None
-        name = f"{progress.kind}-{progress.step}"
-        if progress.bytes_done < progress.bytes_total:
-            return f"{name}: written {progress.bytes_done / progress.bytes_total:.0%}"
-        return f"{name}: {progress.state}"
+        return None if progress is None else str(progress)
 
 
 def _divides(interval: int | None, step: int) -> bool:
