@@ -363,6 +363,10 @@ class Checkpointer:
         """The id of this rank's writer process, for tools that watch its memory or set its priority."""
         return self._live_frames().writer.pid
 
+    def wait(self) -> None:
+        """Wait until the save in flight is over, if there is one; what it failed with is raised by the next call."""
+        self._background.wait()
+
     def close(self) -> None:
         """Wait for the save in flight, end the writer process, free the arena; then raise a failure not raised yet.
 

@@ -2,7 +2,8 @@
 
 The signal is noticed at once, whatever the training thread does: the interpreter writes its number into a socket from
 its own signal handler (`signal.set_wakeup_fd`), and a thread reads it there. From then on the process has a budget of
-seconds; when that is used up it ends, saved or not, for SIGKILL would come next.
+seconds; when that is used up it ends, saved or not, for SIGKILL would come next. It ends at once by a second signal,
+for whoever sends one does not want to wait; but not by an echo of the first, of which many senders are the cause.
 """
 
 from __future__ import annotations
@@ -28,8 +29,13 @@ _log = logging.getLogger("stillframe")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """SIGTERM: torchrun passes it on to its workers and kills them 30 s later; SLURM sends it, and SIGKILL after KillWait
 (30 s by default). SIGUSR1: what `sbatch --signal=USR1@60` sends a stated time before the limit."""
-OUT_OF_TIME_STATUS = 75
-"""The exit status of a process whose budget is used up: EX_TEMPFAIL of sysexits.h."""
+PREEMPTED_STATUS = 128 + signal.SIGTERM
+"""143, the exit status of a process that was told to end, and is to be started again (see docs/design/0011)."""
+BUDGET_S = 25.0
+"""The default of what a process gets from the signal to its end: torchrun sends SIGKILL 30 s after its signal."""
+ECHO_S = 5.0
+"""A signal that comes so soon after the first is the same news by another way: where SLURM's scancel or systemd tells
+every process of a job, torchrun is one of them, and tells its ranks once more."""
 
 _LONGEST_BUDGET_S = 86400
 _LAST_WORDS_S = 2.0
@@ -39,9 +45,10 @@ _WAKE = b"\0"  # no signal has this number
 class Notice:
     """While inside, `received` is the first of `signals` that came, None before; then `on_received` is called with it.
 
-    That, and the rest, happens on a thread of its own. Handlers that were there before are called too, and put back
-    on leaving; processes that are forked inside have them from the start. `in_flight` says in a few words what is being
-    saved, for the message of a budget that is used up. Without any signals nothing is done.
+    That, and the rest, happens on a thread of its own. Handlers that were there before are called too, but for the one
+    that raises KeyboardInterrupt, and put back on leaving; processes that are forked inside have them from the start.
+    `in_flight` says in a few words what is being saved, for the last message of a process that ends without it.
+    Without any signals nothing is done.
 
     Raises OptionError for an illegal value; on entering, outside of the main thread, where Python has no signals.
     """
@@ -62,6 +69,7 @@ class Notice:
         self._handlers: dict[signal.Signals, Any] = {}
         self._why = ""
         self._deadline: float | None = None
+        self._received_s = 0.0
         self._left = False
 
     def __enter__(self) -> Self:
@@ -100,7 +108,7 @@ class Notice:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Without a handler of Python's the signal would end the process."""
         earlier = self._handlers.get(signal.Signals(number))
-        if callable(earlier):
+        if callable(earlier) and earlier is not signal.default_int_handler:
             earlier(number, frame)
 
     def _put_back(self) -> None:
@@ -123,7 +131,7 @@ class Notice:
         while not self._left:
             left_s = None if self._deadline is None else self._deadline - time.monotonic()
             if left_s is not None and left_s <= 0:
-                self._end_process()
+                self._end_process(f"{self._why} came {self._budget_s:g} s ago")
             self._reader.settimeout(left_s)
             try:
                 numbers = self._reader.recv(64)
@@ -137,28 +145,26 @@ class Notice:
                     self._receive(number)
 
     def _receive(self, number: signal.Signals) -> None:
-        if self.received is not None:
-            _log.warning("%s came while the process is ending after %s: nothing changes", number.name, self._why)
-            return
-        self.begin(number.name)
-        self.received = number
-        self._on_received(number)
+        now_s = time.monotonic()
+        if self.received is None:
+            self.begin(number.name)
+            self.received, self._received_s = number, now_s
+            self._on_received(number)
+        elif now_s - self._received_s < ECHO_S:
+            _log.info("%s came right after %s: nothing changes", number.name, self.received.name)
+        else:
+            self._end_process(f"{number.name} came after {self.received.name}")
 
-    def _end_process(self) -> None:
+    def _end_process(self, why: str) -> None:
         # Said on a thread: whoever holds the lock of a stream or of a handler of logging may be what hangs.
-        speaker = threading.Thread(target=self._last_words, daemon=True)
+        speaker = threading.Thread(target=self._last_words, args=[why], daemon=True)
         speaker.start()
         speaker.join(_LAST_WORDS_S)
-        os._exit(OUT_OF_TIME_STATUS)
+        os._exit(PREEMPTED_STATUS)
 
-    def _last_words(self) -> None:
+    def _last_words(self, why: str) -> None:
         doing = self._in_flight()
-        _log.critical(
-            "%s came %g s ago, and the process ends now: %s",
-            self._why,
-            self._budget_s,
-            "no save is in flight" if doing is None else doing,
-        )
+        _log.critical("%s, and the process ends now: %s", why, "no save is in flight" if doing is None else doing)
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Collection
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from stillframe.checkpointer import Checkpointer
 from stillframe.commit.together import Together
 from stillframe.errors import OptionError
-from stillframe.notice import SIGNALS, Notice
+from stillframe.notice import BUDGET_S, PREEMPTED_STATUS, SIGNALS, Notice
 
 # Of the budget, what the ranks may take to agree; most of it belongs to the save.
 _AGREEMENT_SHARE = 1 / 4
@@ -23,29 +23,34 @@ class Preemption:
             for step in range(first, total_steps + 1):
                 train_one_step()
                 if preemption.due(step):
-                    ckpt.save(step)
+                    ckpt.async_save(step)
                     break
+        ckpt.close()
+        sys.exit(preemption.STATUS if preemption.was_due else 0)
 
     Every rank makes one of its Checkpointer, enters it on the main thread, and calls `due` for the same steps. Handlers
-    that others have set for the signals are called too, and put back on leaving; a second signal changes nothing.
-    Works without torch.distributed too.
+    that others have set for the signals are called too, and put back on leaving. Works without torch.distributed too.
 
     Args:
         checkpointer: whose ranks they are; to be closed after this is left.
         signals: what to take for a preemption.
-        budget_s: from the signal to leaving the context, in seconds (of other ranks: from when they learn of it). A
-            process that has not left by then logs how far its save is and ends by `os._exit`, with status 75
-            (`stillframe.notice.OUT_OF_TIME_STATUS`). Choose less than the sender waits before SIGKILL.
+        budget_s: from the signal to having left the context, in seconds (of other ranks: from when they learn of it).
+            A process that has not left by then logs how far its save is and ends by `os._exit` with `STATUS`, as it
+            does at once by a second signal on this rank, 5 s after the first or later. Choose less than the sender
+            waits before SIGKILL.
 
     Raises OptionError; on entering, SaveFailed if rank 0, which holds the ranks' store, cannot be reached.
     """
+
+    STATUS: ClassVar[int] = PREEMPTED_STATUS
+    """143: what a preempted process should end with; not 0, for it is not done, and is to be started again."""
 
     def __init__(
         self,
         checkpointer: Checkpointer,
         *,
         signals: Collection[signal.Signals] = SIGNALS,
-        budget_s: float = 25.0,
+        budget_s: float = BUDGET_S,
     ) -> None:
         if not signals:
             raise OptionError("signals is empty: name those that a preemption begins with")
@@ -53,6 +58,7 @@ class Preemption:
         self._budget_s = budget_s
         self._together: Together | None = None
         self._why: str | None = None
+        self._was_due = False
         self._notice = Notice(signals=signals, budget_s=budget_s, in_flight=self._saving, on_received=self._received)
 
     def __enter__(self) -> Self:
@@ -71,11 +77,14 @@ class Preemption:
     ) -> None:
         """Leave the other ranks, and put the handlers back. Of a step that they may be agreeing on nothing comes then.
 
-        Rank 0 waits, at most 10 s, until the others know that; after an exception it does not.
+        Rank 0 waits, at most 10 s, until the others know that; after an exception it does not. Where `due` was True,
+        all wait until the save in flight is over; a failure of it is raised by the Checkpointer's next call.
         """
         assert self._together is not None, "it was entered"
         try:
             self._together.leave(error)
+            if error is None and self._was_due:
+                self._checkpointer.wait()
         finally:
             self._notice.__exit__(kind, error, traceback)
 
@@ -87,7 +96,13 @@ class Preemption:
         training threads. Raises SaveTimeout, naming the ranks that said nothing, a quarter of the budget later.
         """
         assert self._together is not None, "call it inside of the context"
-        return self._together.passes(step)
+        self._was_due = self._together.passes(step)
+        return self._was_due
+
+    @property
+    def was_due(self) -> bool:
+        """Whether the training was ended for it: what `due` said last."""
+        return self._was_due
 
     @property
     def why(self) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stillframe.notice import OUT_OF_TIME_STATUS, SIGNALS
+from stillframe.notice import PREEMPTED_STATUS, SIGNALS
 from stillframe.testing import RankFailed, Ranks
 from stillframe.train.hooks import Hook
 from stillframe.train.loop import train
@@ -90,7 +90,7 @@ def test_a_process_that_does_not_come_to_its_save_within_the_budget_ends(tmp_pat
     run = sections(checkpoint_interval=2, async_checkpoint=False, preemption_budget_s=0.5)
     with pytest.raises(RankFailed) as raised:
         train_alone(tmp_path, run, Stuck())
-    assert f"ended with exit code {OUT_OF_TIME_STATUS}" in str(raised.value)
+    assert f"ended with exit code {PREEMPTED_STATUS}" in str(raised.value)
     assert "SIGTERM came 0.5 s ago, and the process ends now: no save is in flight" in str(raised.value)
     assert names(tmp_path / "run") == {"checkpoint-2"}
 

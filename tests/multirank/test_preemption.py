@@ -86,8 +86,10 @@ def train(run_dir: Path, signalled: list[Signalled]) -> list[tuple[int, str | No
                     if step == 5:
                         reached("training")
                     if preemption.due(step):
-                        ckpt.save(step)
+                        ckpt.async_save(step)
                         break
+            assert ckpt.in_flight is None
+            assert preemption.was_due
             ended.append((step, preemption.why))
             assert_nothing_left(before)
             assert [signal.getsignal(number) for number in SIGNALS] == handlers
@@ -138,6 +140,7 @@ def end_before(run_dir: Path, signalled: list[Signalled]) -> list[list[bool]]:
                 for step in (1, 2):
                     take_step(step, one)
                     due.append(preemption.due(step))
+            assert preemption.was_due is due[-1]
             answers.append(due)
             assert_nothing_left(before)
     return answers

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from stillframe.errors import OptionError
-from stillframe.notice import OUT_OF_TIME_STATUS, SIGNALS, Notice
+from stillframe.notice import ECHO_S, PREEMPTED_STATUS, SIGNALS, Notice
 from stillframe.testing import RankFailed, run_process
 
 
@@ -54,16 +54,33 @@ def test_a_signal_is_noticed_and_all_is_as_before_afterwards() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_second_signal_changes_nothing_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_echo_changes_nothing_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
     received = Received()
-    with caplog.at_level(logging.WARNING, "stillframe"), notice(on_received=received) as noticed:
+    with caplog.at_level(logging.INFO, "stillframe"), notice(on_received=received) as noticed:
         os.kill(os.getpid(), signal.SIGTERM)
         received.wait()
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
     assert received.numbers == [signal.SIGTERM]
     assert noticed.received is signal.SIGTERM
-    assert "SIGUSR1 came while the process is ending after SIGTERM: nothing changes" in caplog.text
+    assert "SIGUSR1 came right after SIGTERM: nothing changes" in caplog.text
+
+
+def get_a_second_one() -> None:
+    received = Received()
+    with notice(on_received=received, in_flight=lambda: "checkpoint-3: written 61%") as noticed:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        received.wait()
+        noticed._received_s -= ECHO_S  # as if so much time had passed
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(60)
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    with pytest.raises(RankFailed) as raised:
+        run_process(get_a_second_one)
+    assert f"ended with exit code {PREEMPTED_STATUS}" in str(raised.value)
+    assert "SIGTERM came after SIGUSR1, and the process ends now: checkpoint-3: written 61%" in str(raised.value)
 
 
 def test_those_who_waited_for_signals_before_get_them_too() -> None:
@@ -130,7 +147,7 @@ def use_up_the_budget(of_another: bool) -> None:
 def test_a_process_that_is_not_out_in_time_says_how_far_it_is_and_ends(of_another: bool, why: str) -> None:
     with pytest.raises(RankFailed) as raised:
         run_process(use_up_the_budget, of_another)
-    assert f"ended with exit code {OUT_OF_TIME_STATUS}" in str(raised.value)
+    assert f"ended with exit code {PREEMPTED_STATUS}" in str(raised.value)
     assert f"{why} came 0.2 s ago, and the process ends now: checkpoint-3: written 61%" in str(raised.value)
 
 
