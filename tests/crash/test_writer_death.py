@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +20,7 @@ import pytest
 from stillframe.receipts import decode_receipt
 from stillframe.records import Receipt
 from stillframe.writer.client import WriterClient, WriterError
+from tests.multirank.held_writers import wait_until
 from tests.unit.writer.held_file import HeldFile
 from tests.unit.writer.saves import (
     SharedArena,
@@ -225,7 +226,7 @@ def test_a_killed_writer(directory: Path) -> None:
 
 @pytest.mark.usefixtures("_adopt_orphans")
 def test_a_write_outlives_what_ends_every_process_of_the_job(tmp_path: Path) -> None:
-    """As a scheduler does it: one signal to each, the trainer too, which here heeds it. Then once more, to who is left."""
+    """As a scheduler does it: a signal to each, the trainer too, which here heeds it. Then again, to who is left."""
     directory = make_attempt_dir(tmp_path / "attempt")
     code = "print(client.pid, flush=True); client.write(request, timeout_s=60)"
     with HeldFile(directory / "second") as held, trainer(code, directory) as (process, writer):
@@ -245,16 +246,26 @@ def test_a_write_outlives_what_ends_every_process_of_the_job(tmp_path: Path) -> 
 @pytest.mark.usefixtures("_adopt_orphans")
 def test_a_write_in_hand_goes_on_no_longer_than_the_trainer_would_have_waited(tmp_path: Path) -> None:
     directory = make_attempt_dir(tmp_path / "attempt")
-    code = "print(client.pid, flush=True); client.write(request, timeout_s=2)"
+    code = """
+print(client.pid, flush=True)
+client.write(request, timeout_s=0.001, on_progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+"""
     with HeldFile(directory / "second") as held, trainer(code, directory) as (process, writer):
         held.wait_until_wanted()
-        process.kill()
         process.wait(60)
-        time.sleep(3)  # no event tells that time is up, for the writer is held inside of its system call
+        pid = int(re.findall(r"^Pid:\s*(\d+)", Path(f"/proc/self/fdinfo/{writer}").read_text(), re.MULTILINE)[0])
+        before = switches(pid)
+        wait_until(lambda: switches(pid) > before + 2, "the main thread has looked at the clock since")
         assert is_running(writer)
         held.release()
         check_ended_well(writer)
     assert not (directory / receipt_name(0)).exists()
+
+
+def switches(pid: int) -> int:
+    """How often the main thread has begun to wait."""
+    status = Path(f"/proc/{pid}/task/{pid}/status").read_text()
+    return int(re.findall(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.MULTILINE)[0])
 
 
 def test_a_write_is_stopped_between_two_blocks_where_closing_does_not_wait_for_it(directory: Path) -> None:

@@ -19,6 +19,8 @@ import torch.distributed as dist
 # Public and documented, but re-exported without an `__all__`.
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from stillframe.commit.calls import CALLS
+
 T = TypeVar("T")
 
 _SHORTEST_WAIT_S = 0.001
@@ -88,11 +90,16 @@ class BoundedStore:
         store = self._store
         if store is None:
             raise ConnectionError("the connection was given up")
+
+        def call() -> T:
+            with CALLS.calling(store):
+                return operation(store)
+
         if not self._remote:
             with _translated():
-                return operation(store)
+                return call()
         try:
-            return within(timeout_s + self._answer_timeout_s, lambda: operation(store))
+            return within(timeout_s + self._answer_timeout_s, call)
         except ConnectionError:
             self._store = None  # a call that was left behind would hold up the next one
             raise
