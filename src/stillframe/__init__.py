@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from stillframe.limits import WriterLimits
     from stillframe.load.huggingface import load_hf
     from stillframe.load.verifying import verify
+    from stillframe.preemption import Preemption
 
     __version__: str
 
-__all__ = ["Checkpointer", "WriterLimits", "__version__", "load_hf", "verify"]
+__all__ = ["Checkpointer", "Preemption", "WriterLimits", "__version__", "load_hf", "verify"]
 
 _HOMES = {
     "Checkpointer": "stillframe.checkpointer",
+    "Preemption": "stillframe.preemption",
     "WriterLimits": "stillframe.limits",
     "load_hf": "stillframe.load.huggingface",
     "verify": "stillframe.load.verifying",

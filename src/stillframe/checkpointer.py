@@ -26,6 +26,7 @@ from stillframe.catalog.history import History
 from stillframe.commit.exchange import Exchange
 from stillframe.commit.failure import Failure
 from stillframe.commit.rendezvous import meet
+from stillframe.commit.together import Together
 from stillframe.commit.vote import Ballot
 from stillframe.errors import (
     CheckpointExists,
@@ -365,6 +366,10 @@ class Checkpointer:
         """The id of this rank's writer process, for tools that watch its memory or set its priority."""
         return self._live_frames().writer.pid
 
+    def wait(self) -> None:
+        """Wait until the save in flight is over, if there is one; what it failed with is raised by the next call."""
+        self._background.wait()
+
     def close(self) -> None:
         """Wait for the save in flight, end the writer process, free the arena; then raise a failure not raised yet.
 
@@ -396,6 +401,12 @@ class Checkpointer:
         # tidied up behind its back.
         atexit.unregister(self._at_exit)
         threading.Thread(target=self._close_behind, name="stillframe-close", daemon=True).start()
+
+    def act_together(self, *, timeout_s: float, on_called: Callable[[str], None]) -> Together:
+        """What `stillframe.Preemption` is made of: the ranks of this Checkpointer agree on one step. Every rank calls
+        it, as often as the others; it waits for none of them. Raises ClosedError, SaveFailed."""
+        self._live_frames()
+        return Together(self._meeting, path=self._options.run_dir, timeout_s=timeout_s, on_called=on_called)
 
     # Behind the calls
 

@@ -64,9 +64,9 @@ class SaveFailed(StillframeError):
     """A save did not become a published checkpoint; what was published before is untouched.
 
     Attributes say where it failed: `step` (None: while the Checkpointer started or resumed), `rank` (the global rank
-    that failed, None if no single one did), `stage` ("start", "resume", "snapshot", "prepare", "write", "vote",
-    "publish"; or, with the checkpoint published, "link" and "retention"), `path` (the final path of the checkpoint),
-    `reason`.
+    that failed, None if no single one did), `stage` ("start", "resume", "preemption", "snapshot", "prepare",
+    "write", "vote", "publish"; or, with the checkpoint published, "link" and "retention"), `path` (the final path of
+    the checkpoint), `reason`.
     """
 
     def __init__(self, reason: str, *, step: int | None, rank: int | None, stage: str, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import select
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from stillframe.receipts import decode_receipt
 from stillframe.records import Receipt
 from stillframe.writer.client import WriterClient, WriterError
+from tests.multirank.held_writers import wait_until
 from tests.unit.writer.held_file import HeldFile
 from tests.unit.writer.saves import (
     SharedArena,
@@ -222,27 +224,61 @@ def test_a_killed_writer(directory: Path) -> None:
         check_unusable(client, directory, "was killed by SIGKILL")
 
 
-def test_a_terminated_writer_stops_between_blocks_and_leaves_no_receipt(directory: Path) -> None:
-    with WriterClient() as client, held_write(client, directory) as (held, write):
-        os.kill(client.pid, signal.SIGTERM)
+@pytest.mark.usefixtures("_adopt_orphans")
+def test_a_write_outlives_what_ends_every_process_of_the_job(tmp_path: Path) -> None:
+    """As a scheduler does it: a signal to each, the trainer too, which here heeds it. Then again, to who is left."""
+    directory = make_attempt_dir(tmp_path / "attempt")
+    code = "print(client.pid, flush=True); client.write(request, timeout_s=60)"
+    with HeldFile(directory / "second") as held, trainer(code, directory) as (process, writer):
+        held.wait_until_wanted()
+        for pidfd_or_trainer in (writer, process, writer):
+            if isinstance(pidfd_or_trainer, int):
+                signal.pidfd_send_signal(pidfd_or_trainer, signal.SIGTERM)
+            else:
+                pidfd_or_trainer.terminate()
+                assert pidfd_or_trainer.wait(60) == -signal.SIGTERM
+        assert is_running(writer)
         held.release()
-        with pytest.raises(WriterError, match=r"was told to stop \(SIGTERM\)"):
+        check_ended_well(writer)
+    check_saved(directory)
+
+
+@pytest.mark.usefixtures("_adopt_orphans")
+def test_a_write_in_hand_goes_on_no_longer_than_the_trainer_would_have_waited(tmp_path: Path) -> None:
+    directory = make_attempt_dir(tmp_path / "attempt")
+    code = """
+print(client.pid, flush=True)
+client.write(request, timeout_s=0.001, on_progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+"""
+    with HeldFile(directory / "second") as held, trainer(code, directory) as (process, writer):
+        held.wait_until_wanted()
+        process.wait(60)
+        pid = int(re.findall(r"^Pid:\s*(\d+)", Path(f"/proc/self/fdinfo/{writer}").read_text(), re.MULTILINE)[0])
+        before = switches(pid)
+        wait_until(lambda: switches(pid) > before + 2, "the main thread has looked at the clock since")
+        assert is_running(writer)
+        held.release()
+        check_ended_well(writer)
+    assert not (directory / receipt_name(0)).exists()
+
+
+def switches(pid: int) -> int:
+    """How often the main thread has begun to wait."""
+    status = Path(f"/proc/{pid}/task/{pid}/status").read_text()
+    return int(re.findall(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.MULTILINE)[0])
+
+
+def test_a_write_is_stopped_between_two_blocks_where_closing_does_not_wait_for_it(directory: Path) -> None:
+    with WriterClient() as client, held_write(client, directory) as (held, write), ThreadPoolExecutor(1) as closer:
+        closing = closer.submit(client.close, timeout_s=0.1)
+        with pytest.raises(TimeoutError):  # the first of its two messages has been sent, and the second soon is
+            closing.result(1)
+        held.release()
+        with pytest.raises(WriterError, match="the writer was told to stop"):
             write.result(60)
-        pidfd = os.pidfd_open(client.pid)
-        wait_for_exit(pidfd)
-        os.close(pidfd)
-        check_unusable(client, directory, "was killed by SIGTERM")
-
-
-def test_an_idle_writer_can_be_terminated(directory: Path) -> None:
-    with WriterClient() as client:
-        with SharedArena(ARENA) as arena:
-            client.set_plans([PLAN], arena.fd)
-        pidfd = os.pidfd_open(client.pid)
-        os.kill(client.pid, signal.SIGTERM)
-        wait_for_exit(pidfd)
-        os.close(pidfd)
-        check_unusable(client, directory, "was killed by SIGTERM")
+        closing.result(60)
+        assert not client.alive
+    assert not (directory / receipt_name(0)).exists()
 
 
 def test_a_silent_writer_is_killed(directory: Path) -> None:
@@ -279,7 +315,7 @@ def test_a_writer_that_is_late_is_killed(directory: Path) -> None:
         check_unusable(client, directory, "was killed by SIGKILL")
 
 
-def test_close_kills_a_writer_that_neither_ends_nor_heeds_sigterm(directory: Path) -> None:
+def test_close_kills_a_writer_that_neither_ends_nor_stops(directory: Path) -> None:
     with WriterClient(signal_timeout_s=0.2) as client, held_write(client, directory) as (_, write):
         client.close(timeout_s=0.1)
         assert not client.alive

@@ -1,8 +1,8 @@
 """`stillframe`: the commands, their help, and how errors reach the shell.
 
-Exit status: 0 done; 2 what was asked for is wrong (one line on stderr says what); 130 interrupted; 1 damage that
-`verify` found (a line each), and anything else, with its traceback. Each command imports what it needs when it runs, so
-that `--help` and `--version` answer at once.
+Exit status: 0 done; 2 what was asked for is wrong (one line on stderr says what); 130 interrupted; 143 a training that
+was preempted, and is to be started again; 1 damage that `verify` found (a line each), and anything else, with its
+traceback. Each command imports what it needs when it runs, so that `--help` and `--version` answer at once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from stillframe import __version__
 from stillframe.errors import CorruptCheckpoint, LayoutError, LoadError, OptionError, RunDirectoryError
+from stillframe.notice import PREEMPTED_STATUS
 
 USER_ERRORS = (OptionError, RunDirectoryError, LayoutError, LoadError)
 """What the user can put right; their messages say how, so a traceback would only hide them."""
@@ -102,8 +103,7 @@ def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     from stillframe.train.loop import train  # after the configuration is known to be right: it imports torch
 
-    train(config)
-    return 0
+    return 0 if train(config) else PREEMPTED_STATUS
 
 
 def _add_list(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -19,6 +19,8 @@ import torch.distributed as dist
 # Public and documented, but re-exported without an `__all__`.
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from stillframe.commit.calls import CALLS
+
 T = TypeVar("T")
 
 _SHORTEST_WAIT_S = 0.001
@@ -74,6 +76,12 @@ class BoundedStore:
 
         return self._ask(pop, timeout_s)
 
+    def another(self, *, answer_timeout_s: float) -> BoundedStore:
+        """The same keys, for another thread: a connection of its own, so that no wait of the one holds up the other."""
+        # A method of every store, of which torch's stubs do not know.
+        clone: Store = self._ask(lambda store: store.clone(), 0)  # type: ignore[attr-defined]
+        return BoundedStore(clone, remote=self._remote, answer_timeout_s=answer_timeout_s)
+
     def close(self) -> None:
         """Let go of the store; one that this process serves ends with its last holder."""
         self._store = None
@@ -82,11 +90,16 @@ class BoundedStore:
         store = self._store
         if store is None:
             raise ConnectionError("the connection was given up")
+
+        def call() -> T:
+            with CALLS.calling(store):
+                return operation(store)
+
         if not self._remote:
             with _translated():
-                return operation(store)
+                return call()
         try:
-            return within(timeout_s + self._answer_timeout_s, lambda: operation(store))
+            return within(timeout_s + self._answer_timeout_s, call)
         except ConnectionError:
             self._store = None  # a call that was left behind would hold up the next one
             raise

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from stillframe.errors import OptionError
+from stillframe.notice import BUDGET_S
 from stillframe.train import rules
 from stillframe.train.rules import Rule
 
@@ -126,7 +127,8 @@ class CheckpointConfig:
     and `max_failures` are as for exports; the two are counted apart.
 
     With `preemption`, SIGTERM or SIGUSR1 on any rank makes the next step boundary the last one: a snapshot is saved if
-    the run has any, else a checkpoint if it has, and the training ends, within `preemption_budget_s` of the signal.
+    the run has any, else a checkpoint if it has, and the training ends with status 143, within `preemption_budget_s` of
+    the signal.
     """
 
     checkpoint_interval: int | None = key(rules.integer(at_least=1, or_minus_one=True), None)
@@ -136,7 +138,7 @@ class CheckpointConfig:
     publish_together: bool = key(rules.boolean, False)
     save_frozen: bool = key(rules.boolean, True)
     preemption: bool = key(rules.boolean, True)
-    preemption_budget_s: float = key(rules.number(above=0, at_most=86400), 25.0)
+    preemption_budget_s: float = key(rules.number(above=0, at_most=86400), BUDGET_S)
     on_failure: Literal["raise", "abort", "continue"] = key(rules.one_of("raise", "abort", "continue"), "raise")
     max_failures: int = key(rules.integer(at_least=1), 3)
 

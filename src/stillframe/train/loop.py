@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from stillframe.checkpointer import Checkpointer
 from stillframe.errors import OptionError
 from stillframe.limits import WriterLimits
 from stillframe.policies import OnFailure
+from stillframe.preemption import Preemption
 from stillframe.train import model as models
 from stillframe.train import optim, parallel, resuming
 from stillframe.train.config import TrainConfig, as_record
@@ -24,25 +27,26 @@ from stillframe.train.data import IGNORED, Batch, PackedBatches
 from stillframe.train.documents import read_corpus
 from stillframe.train.hooks import Hook, load_hooks
 from stillframe.train.parallel import Ranks
-from stillframe.train.preemption import Preemption
 from stillframe.train.progress import Progress, StepMetrics
 from stillframe.train.saves import Saves
 from stillframe.train.state import TrainState
 
 
-def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> None:
+def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> bool:
     """Train as `config` says, with the hooks that it names and then `hooks`. Collective over the launcher's ranks.
 
     Goes on from the newest checkpoint or snapshot in the run directory, where there is one and `resume.auto` is on. On
-    return every save is published and its hooks have run. Raises `OptionError` for a configuration or data that
-    cannot be trained on, other `StillframeError`s as `Checkpointer` and `load_hf` do, and what hooks raise. It does
-    not wait then for other ranks or for what is in flight; the launcher is to end the other ranks.
+    return every save is published and its hooks have run; False: the run was preempted before its last step, and is
+    to be started again. Raises `OptionError` for a configuration or data that cannot be trained on, other
+    `StillframeError`s as `Checkpointer` and `load_hf` do, and what hooks raise. It does not wait then for other ranks
+    or for what is in flight; the launcher is to end the other ranks.
     """
     was_initialized = dist.is_initialized()
     ranks = parallel.start_ranks(config.training.device)
-    Trainer(config, ranks, [*load_hooks(config.hooks), *hooks]).run()
+    is_complete = Trainer(config, ranks, [*load_hooks(config.hooks), *hooks]).run()
     if ranks.is_distributed and not was_initialized:
         dist.destroy_process_group()
+    return is_complete
 
 
 class Trainer:
@@ -92,8 +96,8 @@ class Trainer:
         parallel.seed_own_numbers(ranks, seed=config.seed, step=0)
         self._started_s = time.perf_counter()
 
-    def run(self) -> None:
-        """Take all steps that are left, and all saves. Collective."""
+    def run(self) -> bool:
+        """Take all steps that are left, and all saves; False if the run was preempted before. Collective."""
         export, checkpoint = self.config.export, self.config.checkpoint
         self.checkpointer = Checkpointer(
             self.run_dir,
@@ -139,21 +143,20 @@ class Trainer:
                     saves.launch(("hf",), self.step, self.epoch, {})
                 if self.step >= self.total_steps:
                     progress.say(f"step {self.step} of {self.total_steps}: nothing is left to train")
-                checkpoint = self.config.checkpoint
-                preemption = Preemption(
-                    enabled=checkpoint.preemption and saves.at_preemption is not None,
-                    budget_s=checkpoint.preemption_budget_s,
-                    progress=saves.in_flight,
-                )
-                with preemption:
+                with self._preemption(saves) as preemption:
                     self._take_steps(saves, progress, preemption)
                     saves.deliver_all(self.step)
-                if self.step < self.total_steps:
-                    progress.say(
-                        f"preempted after step {self.step} of {self.total_steps}; the same command goes on from there"
-                    )
+        return self.step >= self.total_steps
 
-    def _take_steps(self, saves: Saves, progress: Progress, preemption: Preemption) -> None:
+    def _preemption(self, saves: Saves) -> AbstractContextManager[Preemption | None]:
+        """Only for a run that can be gone on with, and on the main thread, as Python has no signals elsewhere."""
+        checkpoint = self.config.checkpoint
+        is_main = threading.current_thread() is threading.main_thread()
+        if not checkpoint.preemption or saves.at_preemption is None or not is_main:
+            return nullcontext()
+        return Preemption(self.checkpointer, budget_s=checkpoint.preemption_budget_s)
+
+    def _take_steps(self, saves: Saves, progress: Progress, preemption: Preemption | None) -> None:
         """All steps that are left, or as many as there is time for."""
         self._started_s = time.perf_counter()
         log = _Window(self)
@@ -161,17 +164,12 @@ class Trainer:
         for step in range(first_step, self.total_steps + 1):
             self.checkpointer.check()
             batches = self.data.batches()
-            # One small reduction serves three questions: how to scale the loss, whether every rank knows of a
-            # publication, so that its hooks run at the same step on all of them, and whether any is being preempted.
+            # One small reduction serves two questions: how to scale the loss, and whether every rank knows of a
+            # publication, so that its hooks run at the same step on all of them.
             own_label_tokens = sum(batch.label_tokens for batch in batches)
-            label_tokens, settled, preempted = self.ranks.sum(
-                own_label_tokens, saves.is_settled(), preemption.received is not None
-            )
+            label_tokens, settled = self.ranks.sum(own_label_tokens, saves.is_settled())
             if settled == self.ranks.world_size:
                 saves.deliver(step - 1)
-            if preempted:
-                self._save_before_preemption(saves, is_saved=step == first_step)
-                return
             saving = saves.in_flight()
             started_s = time.perf_counter()
             loss, grad_norm = self.train_step(step, batches, label_tokens)
@@ -183,15 +181,14 @@ class Trainer:
                 hook.after_train_step(step)
             if step == first_step:
                 saves.prepare()  # now that the optimizer has its state
+            if preemption is not None and step < self.total_steps and preemption.due(step):
+                name = saves.save_to_go_on(step, self.epoch, self.state().as_record())
+                said = f"preempted by {preemption.why} after step {step} of {self.total_steps}"
+                how = "without a save of it" if name is None else f"{name} is saved, and the same command goes on there"
+                progress.say(f"{said}: {how}")
+                return
             if kinds := saves.due(step):
                 saves.launch(kinds, step, self.epoch, self.state().as_record())
-
-    def _save_before_preemption(self, saves: Saves, *, is_saved: bool) -> None:
-        """`is_saved`: no step was taken since the run began, or was resumed."""
-        kind = saves.at_preemption
-        assert kind is not None, "a run that saves nothing to go on from is not preempted"
-        if not is_saved and not {"checkpoint", "snapshot"} & {*saves.due(self.step)}:
-            saves.launch((kind,), self.step, self.epoch, self.state().as_record())
 
     def _count(self, step: int) -> None:
         """`step` is taken."""

@@ -92,6 +92,18 @@ class Saves:
         if not all(is_async[kind] for kind in kinds):
             self.deliver_all(step)
 
+    def save_to_go_on(self, step: int, epoch: int, train_state: Mapping[str, Any]) -> str | None:
+        """Save what it takes to go on from `step`, and wait until that is published and delivered; its name.
+
+        An export that is due too is left to the run that goes on. None: it failed, and that is to be borne.
+        """
+        kind = "checkpoint" if "checkpoint" in self.due(step) else self.at_preemption
+        assert kind is not None, "a run that saves nothing to go on from is not preempted"
+        self.launch((kind,), step, epoch, train_state)
+        self.deliver_all(step)
+        is_saved = any((report.kind, report.step) == (kind, step) for report in self._checkpointer.reports)
+        return f"{kind}-{step}" if is_saved else None
+
     def _start(self, kinds: Sequence[Kind], step: int, train_state: Mapping[str, Any]) -> dict[Kind, Future[Path]]:
         """Ask for the saves; by kind, in the order in which they are published."""
         if tuple(kinds) == ("hf",):
@@ -158,12 +170,7 @@ class Saves:
     def in_flight(self) -> str | None:
         """The save in flight in a few words, such as "hf-40: written 61%"."""
         progress = self._checkpointer.in_flight
-        if progress is None:
-            return None
-        name = f"{progress.kind}-{progress.step}"
-        if progress.bytes_done < progress.bytes_total:
-            return f"{name}: written {progress.bytes_done / progress.bytes_total:.0%}"
-        return f"{name}: {progress.state}"
+        return None if progress is None else str(progress)
 
 
 def _divides(interval: int | None, step: int) -> bool:

@@ -26,6 +26,11 @@ class SaveProgress:
     bytes_done: int
     bytes_total: int
 
+    def __str__(self) -> str:
+        """In a few words, such as "hf-40: written 61%"."""
+        written = f"written {self.bytes_done / self.bytes_total:.0%}" if self.bytes_done < self.bytes_total else None
+        return f"{self.kind}-{self.step}: {written or self.state}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveReport:

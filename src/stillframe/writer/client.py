@@ -35,6 +35,10 @@ from stillframe.writer.messages import plan_to_object, request_to_object
 
 _log = logging.getLogger("stillframe")
 
+MEANT_FOR_THE_TRAINER = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+"""What schedulers, launchers and terminals send to every process of a job to have it end. A writer heeds none of them:
+its trainer does, and may need it for one more checkpoint."""
+
 
 class WriterError(Exception):
     """A writer process did not do what it was asked. Internal: the commit turns it into one of `stillframe.errors`.
@@ -78,7 +82,7 @@ class WriterClient:
         """Start the process and wait until it is ready. What of `limits` the system does not grant is logged.
 
         `heartbeat_timeout_s` is how long it may be silent during a write before it counts as hung, `signal_timeout_s`
-        how long it gets to end after a signal: at its next block after SIGTERM, at the kernel's next chance after
+        how long it gets to end once told to: at its next block when it is to stop, at the kernel's next chance after
         SIGKILL; neither takes long unless the disk hangs. Raises WriterError if it ends or is not ready within
         `start_timeout_s` (it is gone then), and OSError if it cannot be started.
         """
@@ -161,7 +165,7 @@ class WriterClient:
             # The process keeps the working directory that it was started in; ours may have changed.
             data, blob = request_to_object(replace(request, directory=request.directory.absolute()))
             all_bytes = total_bytes(plan, request)
-            self._send({"type": "write", "request": data}, blob, timeout_s=timeout_s)
+            self._send({"type": "write", "request": data, "timeout_s": timeout_s}, blob, timeout_s=timeout_s)
             try:
                 if on_progress is not None:
                     on_progress(0, all_bytes)
@@ -276,23 +280,26 @@ class WriterClient:
         return WriterError("died", f"the writer process (pid {self.pid}) {_ending(self._process.poll())}")
 
     def _end(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        if self._sending.acquire(timeout=timeout_s):
-            try:
-                self._connection.send({"type": "close"}, timeout_s=max(0.0, deadline - time.monotonic()))
-            except (PeerGone, TimeoutError):
-                pass  # it has ended, or it hangs: what follows sees to both
-            finally:
-                self._sending.release()
-        if self._wait_for_end(max(0.0, deadline - time.monotonic())):
+        if self._end_by("close", timeout_s) or self._end_by("stop", self._signal_timeout_s):
             return
-        self._process.terminate()
-        if not self._wait_for_end(self._signal_timeout_s) and not self._kill():
+        if not self._kill():
             raise WriterError(
                 "timeout",
                 f"the writer process (pid {self.pid}) cannot be killed: the kernel holds it in a call that hangs, "
                 f"most likely on the disk; /proc/{self.pid}/stack says which",
             )
+
+    def _end_by(self, message: Literal["close", "stop"], timeout_s: float) -> bool:
+        """Whether the process ended in time once it was told so."""
+        deadline = time.monotonic() + timeout_s
+        if self._sending.acquire(timeout=timeout_s):
+            try:
+                self._connection.send({"type": message}, timeout_s=max(0.0, deadline - time.monotonic()))
+            except (PeerGone, TimeoutError):
+                pass  # it has ended, or it hangs: what follows sees to both
+            finally:
+                self._sending.release()
+        return self._wait_for_end(max(0.0, deadline - time.monotonic()))
 
     def _kill(self) -> bool:
         """SIGKILL; whether it ended in a few seconds. From the signal on it neither writes nor leaves a receipt."""
@@ -313,15 +320,21 @@ def _start(python: str, socket_fd: int, limits: WriterLimits) -> subprocess.Pope
     # A folder of the user's own, in which nobody else can hold the locks.
     slots_directory = str(Path(tempfile.gettempdir()) / f"stillframe-{os.geteuid()}")
     limits_text = json.dumps(asdict(limits) | {"slots_directory": slots_directory})
-    return subprocess.Popen(
-        [python, "-P", "-m", "stillframe.writer.process", str(socket_fd), str(os.getpid()), limits_text],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        pass_fds=(socket_fd,),
-        # A session of its own: signals to the trainer's process group (Ctrl-C, a launcher's SIGTERM) do not reach it.
-        start_new_session=True,
-        env=_environment(Path(stillframe.__file__).parent.parent, site_dirs),
-    )
+    # The process inherits what this thread blocks, and keeps it: so none of these ever reaches it, not even while it
+    # starts. Whoever wants it to end ends its trainer, or sends SIGKILL.
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, MEANT_FOR_THE_TRAINER)
+    try:
+        return subprocess.Popen(
+            [python, "-P", "-m", "stillframe.writer.process", str(socket_fd), str(os.getpid()), limits_text],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(socket_fd,),
+            # A session of its own, out of reach of what is sent to the trainer's process group or terminal.
+            start_new_session=True,
+            env=_environment(Path(stillframe.__file__).parent.parent, site_dirs),
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
 
 
 def _environment(package_root: Path, site_dirs: list[str]) -> dict[str, str]:

@@ -4,15 +4,19 @@ It imports no torch, holds nothing of the trainer but the arena's mapping, and l
 thread talks to the trainer and beats a heartbeat; the writing runs in other threads.
 
 It ends when the trainer closes the connection or dies. A write in hand is finished first, with its receipt left in the
-directory, so that a crash of the trainer does not cost the checkpoint. SIGTERM stops it between two blocks instead,
-without a receipt. SIGINT and SIGUSR1 are ignored: they mean the trainer. A Ctrl-C reaches the whole terminal, and what
-announces a preemption in SLURM all processes of a step.
+directory, so that a crash of the trainer does not cost the checkpoint; for no longer than the trainer would have waited
+for it, though: then it stops between two blocks, without a receipt.
+
+No signal but SIGKILL and SIGSTOP means anything to it; its client has the others blocked from its birth on. A Ctrl-C
+reaches the whole terminal; what announces the end of a job, every process of it, in SLURM, systemd and some containers;
+and the trainer may be about to have its last checkpoint written.
 
     from the trainer                       answers
     plan {plan}, with the arena's memfd    planned {}, or refused {reason}
-    write {request}, inline files as blob  progress {done_bytes, total_bytes} ..., then receipt {receipt},
-                                           or failed {reason, errno, file_name}
-    close {}                               none; the process ends
+    write {request, timeout_s}, inline     progress {done_bytes, total_bytes} ..., then receipt {receipt},
+        files as blob                      or failed {reason, errno, file_name}
+    close {}                               none; the process ends once no write is in hand
+    stop {}                                as close, but a write in hand stops between two blocks, and has failed
 
 `limits` are what it may take of the host, as JSON. Before all, it says ready {pid, python, refused}: the last are those
 that the system does not grant, in words. It goes on without.
@@ -26,7 +30,6 @@ import mmap
 import os
 import platform
 import select
-import signal
 import socket
 import sys
 import threading
@@ -34,7 +37,6 @@ import time
 import traceback
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import FrameType
 from typing import Any
 
 from stillframe.receipts import receipt_to_object
@@ -72,9 +74,10 @@ class _Arena:
 class _Work:
     """A write in hand: its thread, and how far it is."""
 
-    def __init__(self, future: Future[Receipt], all_bytes: int) -> None:
+    def __init__(self, future: Future[Receipt], all_bytes: int, deadline_s: float) -> None:
         self.future = future
         self.all_bytes = all_bytes
+        self.deadline_s = deadline_s
         self.reported_bytes = -1
         self.reported_at_s = float("-inf")
 
@@ -109,14 +112,8 @@ class _Writer:
             self._refused.append(f"{kind}_slots={count} is not kept: {error}")
             return None
 
-    def stop(self, _signal: int, _frame: FrameType | None) -> None:
-        """Handle SIGTERM: end soon, and leave no receipt."""
-        self._stop.set()
-        self._leaving = True
-        os.eventfd_write(self._wake_fd, 1)
-
-    def run(self) -> bool:
-        """Serve until the trainer is gone, or told us to end, and no write is in hand; False if SIGTERM ended it."""
+    def run(self) -> None:
+        """Serve until the trainer is gone, or told us to end, and no write is in hand."""
         self._answer(
             {"type": "ready", "pid": os.getpid(), "python": platform.python_version(), "refused": self._refused}
         )
@@ -127,7 +124,6 @@ class _Writer:
             if self._work is not None:
                 self._report(self._work)
         self._pool.shutdown()
-        return not self._stop.is_set()
 
     def _wait(self) -> Frame | None:
         timeout_s = _PROGRESS_INTERVAL_S if self._work is not None else _IDLE_WAIT_S
@@ -153,6 +149,9 @@ class _Writer:
             self._begin_write(frame)
         elif kind == "close":
             self._leaving = True
+        elif kind == "stop":
+            self._leaving = True
+            self._stop.set()
         else:
             raise ProtocolError(f"the trainer sent a message of unknown type {kind!r}")
 
@@ -181,6 +180,7 @@ class _Writer:
     def _begin_write(self, frame: Frame) -> None:
         try:
             request = request_from_object(frame.message.get("request"), frame.blob)
+            deadline_s = time.monotonic() + float(frame.message["timeout_s"])
             if self._work is not None:
                 raise ValueError("a write is in hand already")
             cut = self._cuts.get(request.plan_id)
@@ -202,7 +202,7 @@ class _Writer:
             on_turn=self._note_turn,
         )
         future.add_done_callback(lambda _: os.eventfd_write(self._wake_fd, 1))
-        self._work = _Work(future, total_bytes(cut.plan, request))
+        self._work = _Work(future, total_bytes(cut.plan, request), deadline_s)
 
     def _note_turn(self, waiting: bool) -> None:
         self._waits_for_slot = waiting
@@ -222,6 +222,8 @@ class _Writer:
                 self._answer(_failure(error))
             return
         done_bytes, now_s = self._done_bytes, time.monotonic()
+        if self._trainer_gone and now_s >= work.deadline_s:
+            self._stop.set()
         interval_s = _PROGRESS_INTERVAL_S if done_bytes != work.reported_bytes else _HEARTBEAT_INTERVAL_S
         # A trainer that does not read must not hold up the heart: a beat that would block is left out.
         if now_s - work.reported_at_s >= interval_s and not self._trainer_gone and self._connection.can_send():
@@ -241,7 +243,7 @@ class _Writer:
 def _failure(error: BaseException) -> dict[str, Any]:
     """What the trainer is told of an error: a plain line if it is one of the expected, else with its traceback."""
     if isinstance(error, Stopped):
-        reason = "the writer was told to stop (SIGTERM)"
+        reason = "the writer was told to stop"
     elif isinstance(error, (FileWriteError, ForeignDirectory, ValueError)):
         reason = "\n".join((str(error), *getattr(error, "__notes__", ())))
     else:
@@ -265,14 +267,7 @@ def main(arguments: list[str]) -> None:
         return
     if os.getppid() != trainer_pid:
         return  # the trainer ended while we started, and its pid may be another process's by now
-    writer = _Writer(Connection(sock, trainer_pidfd), json.loads(arguments[2]))
-    for meant_for_the_trainer in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(meant_for_the_trainer, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, writer.stop)
-    if not writer.run():
-        # Die of the signal, so that whoever waits for this process sees why it ended.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGTERM)
+    _Writer(Connection(sock, trainer_pidfd), json.loads(arguments[2])).run()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 
 from stillframe.receipts import decode_receipt
 from stillframe.records import Extent, FileShare, WritePlan
-from stillframe.writer.client import WriterClient, WriterError, _environment
+from stillframe.writer.client import MEANT_FOR_THE_TRAINER, WriterClient, WriterError, _environment
 from tests.unit.writer.saves import (
     Scenario,
     SharedArena,
@@ -304,12 +304,21 @@ def test_the_process_finds_the_same_package_but_its_backports_hide_nothing(monke
     assert _environment(Path("/lib/site-packages"), ["/lib/site-packages"])["PYTHONPATH"] == "/mine"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_an_interrupt_or_a_preemption_means_the_trainer(
-    client: WriterClient, tmp_path: Path, number: signal.Signals
-) -> None:
-    os.kill(client.pid, number)
+def test_what_is_sent_to_end_a_job_means_the_trainer(client: WriterClient, tmp_path: Path) -> None:
+    for number in MEANT_FOR_THE_TRAINER:
+        os.kill(client.pid, number)
     check_save(client, set_plan(client, CONTENTS), CONTENTS, tmp_path / "attempt")
+    assert client.alive
+
+
+def test_a_process_that_starts_does_not_heed_it_either_and_the_trainer_does(tmp_path: Path) -> None:
+    """Not even before its first line of Python runs."""
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\n" + "".join(f"kill -{number} $$\n" for number in MEANT_FOR_THE_TRAINER) + "exit 3\n")
+    script.chmod(0o755)
+    with pytest.raises(WriterError, match="ended with status 3"):
+        WriterClient(python=str(script))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
 def test_closing_ends_the_process_and_can_be_repeated() -> None:
