@@ -24,6 +24,9 @@ from stillframe.commit.calls import CALLS
 T = TypeVar("T")
 
 _SHORTEST_WAIT_S = 0.001
+_CONNECT_S = 60.0
+"""torch asks for the name of the address that it connects to, for its messages. Where no DNS server answers that, it
+takes what the resolver allows: by default 5 s for each of two tries (seen with torch 2.13: 5 s for one lost packet)."""
 
 
 class BoundedStore:
@@ -79,7 +82,7 @@ class BoundedStore:
     def another(self, *, answer_timeout_s: float) -> BoundedStore:
         """The same keys, for another thread: a connection of its own, so that no wait of the one holds up the other."""
         # A method of every store, of which torch's stubs do not know.
-        clone: Store = self._ask(lambda store: store.clone(), 0)  # type: ignore[attr-defined]
+        clone: Store = self._ask(lambda store: store.clone(), _CONNECT_S)  # type: ignore[attr-defined]
         return BoundedStore(clone, remote=self._remote, answer_timeout_s=answer_timeout_s)
 
     def close(self) -> None:
