@@ -13,9 +13,11 @@
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$name" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$name"; break; }; done)
 PIP_ARGS ?=
+# Files of tests are handed out whole, in order: the slow ones come first, and what a file prepares is prepared once.
 JOBS ?= 2
 TORCH_BUILD ?= auto
 ARGS ?=
+# Files of tests are handed out whole, in order: the slow ones come first, and what a file prepares is prepared once.
 JOBS ?= 2
 
 VENV := .venv
@@ -35,13 +37,13 @@ demo: $(INSTALLED)
 	@$(BIN)/python examples/demo/run.py
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 format: $(INSTALLED)
 	@$(BIN)/ruff format .

@@ -29,7 +29,7 @@ CHANGES = "mkdir,mkdirat,rename,renameat,renameat2,unlink,unlinkat,rmdir,symlink
 
 def run(run_dir: Path, log_path: Path, *options: str, mode: str = "") -> tuple[int, str]:
     """Publish in a process of its own under strace; its exit status and what it printed. `mode`: see publishing.py."""
-    command = ["strace", "-f", "-y", "-o", str(log_path), *options]
+    command = ["strace", "--seccomp-bpf", "-f", "-y", "-o", str(log_path), *options]
     command += [sys.executable, "-P", "-m", "tests.crash.publishing", str(run_dir)]
     done = subprocess.run(
         [*command, *filter(None, [mode])],
