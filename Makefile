@@ -13,8 +13,6 @@
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$name" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$name"; break; }; done)
 PIP_ARGS ?=
-# Files of tests are handed out whole, in order: the slow ones come first, and what a file prepares is prepared once.
-JOBS ?= 2
 TORCH_BUILD ?= auto
 ARGS ?=
 # Files of tests are handed out whole, in order: the slow ones come first, and what a file prepares is prepared once.
