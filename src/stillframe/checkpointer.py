@@ -55,6 +55,7 @@ from stillframe.wrappers import unwrapped_module
 
 _log = logging.getLogger("stillframe")
 _MAX_STEP = 10**18
+_FREEING_TIMEOUT_S = 2.0
 
 
 class Checkpointer:
@@ -159,7 +160,7 @@ class Checkpointer:
         ballot = Ballot(self._meeting, step=None, path=self._options.run_dir, timeout_s=save_timeout_s)
         self._background = Background(self._meeting, ballot, self._options.failure_policies)
         self._exchange = Exchange(self._meeting, run_dir=self._options.run_dir, timeout_s=save_timeout_s)
-        self._at_exit = _exit_handler(weakref.ref(self))
+        self._at_exit = _exit_handler(weakref.ref(self), self._background)
         companions = tuple(companion for companion in (processor, tokenizer) if companion is not None)
         try:
             self._started: Started = agree_to_start(
@@ -400,7 +401,11 @@ class Checkpointer:
         # The process most likely ends now, and must not wait at its exit either. In one that lives on, the rest is
         # tidied up behind its back.
         atexit.unregister(self._at_exit)
-        threading.Thread(target=self._close_behind, name="stillframe-close", daemon=True).start()
+        freeing = threading.Lock()
+        # A daemon thread that Python ends inside of torch, before 3.14, takes the process with it (SIGABRT): see
+        # `commit.calls`. Once this has the lock, the thread does not begin any more.
+        atexit.register(freeing.acquire, timeout=_FREEING_TIMEOUT_S)
+        threading.Thread(target=self._close_behind, args=(freeing,), name="stillframe-close", daemon=True).start()
 
     def act_together(self, *, timeout_s: float, on_called: Callable[[str], None]) -> Together:
         """What `stillframe.Preemption` is made of: the ranks of this Checkpointer agree on one step. Every rank calls
@@ -585,8 +590,12 @@ class Checkpointer:
         if self._background.wait_briefly():
             self.close()
 
-    def _close_behind(self) -> None:
+    def _close_behind(self, freeing: threading.Lock) -> None:
         try:
+            self._background.wait()
+            with freeing:
+                if self._frames is not None:
+                    self._frames.close()
             self.close()
         except (StillframeError, OSError) as error:  # OSError: the interpreter has ended, and closed what is used here
             _log.error("while closing after an exception: %s", error)
@@ -618,12 +627,14 @@ def _cast(options: CheckpointerOptions) -> Cast | None:
     )
 
 
-def _exit_handler(reference: weakref.ref[Checkpointer]) -> Callable[[], None]:
+def _exit_handler(reference: weakref.ref[Checkpointer], background: Background) -> Callable[[], None]:
+    """What ends a Checkpointer that nobody closed. It holds what a save in flight needs, and not the model: that may go
+    once nobody else has the Checkpointer, as when the function returns that made it."""
     owner_pid = os.getpid()
 
     def close_at_exit() -> None:
         checkpointer = reference()
-        if checkpointer is None or os.getpid() != owner_pid:  # a fork inherits this, but neither writer nor store
+        if os.getpid() != owner_pid:  # a fork inherits this, but neither writer nor store
             return
         # In an interactive session that attribute is just the last error that was shown.
         interactive = hasattr(sys, "ps1") or bool(sys.flags.interactive)
@@ -631,6 +642,10 @@ def _exit_handler(reference: weakref.ref[Checkpointer]) -> Callable[[], None]:
             _log.warning("ending on an exception: a save that may be in flight is not waited for")
             return
         _log.warning("a Checkpointer was not closed before the interpreter ended; closing it now")
-        checkpointer._close_at_exit()
+        if checkpointer is not None:
+            checkpointer._close_at_exit()
+        elif background.wait_briefly():
+            background.leave()
+            background.check()
 
     return close_at_exit

@@ -105,6 +105,7 @@ class Export:
                 done.size_bytes,
                 done.bucket_bytes,
             )
+            _log.debug("exchanged: %s", ", ".join(reshuffle.tensor for reshuffle in plan.share.reshuffles))
         return plan
 
     def _plan_model(self, plan_id: int, *, may_reshuffle: bool) -> HuggingFacePlan:

@@ -246,7 +246,8 @@ def model_that_turns_bad(run_dir: Path) -> None:
         if rank == 1:
             model.lm_head.weight = nn.Parameter(head.bfloat16())
         named = "" if rank == 1 else r"\? The first tensor that they describe differently: lm_head\.weight"
-        with expecting(SaveFailed, f"rank 1 has another layout than rank 0: do the ranks hold the same model{named}"):
+        other = "rank 1 has another layout than rank 0: do all ranks have the same model and options"
+        with expecting(SaveFailed, other + named):
             ckpt.save_hf(2)
         model.lm_head.weight = head
         dist.barrier()

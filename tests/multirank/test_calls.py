@@ -156,3 +156,28 @@ def test_an_interpreter_that_ends_without_close(end: str, status: int, said: str
     assert "Traceback" not in finished.stderr or "RuntimeError: training failed" in finished.stderr
     if status != 1:
         assert (tmp_path / "hf-1" / "stillframe.json").exists()
+
+
+LET_GO = """
+import gc, sys
+import stillframe
+from stillframe.testing.models import tiny_qwen3
+
+def main():
+    ckpt = stillframe.Checkpointer(sys.argv[1], model=tiny_qwen3())
+    for step in (1, 2):
+        ckpt.async_save_hf(step)
+
+main()
+gc.collect()
+"""
+
+
+def test_a_checkpointer_that_its_function_let_go_still_publishes_its_last_save(tmp_path: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", LET_GO, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "was not closed before the interpreter ended" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert (tmp_path / "hf-2" / "stillframe.json").exists()

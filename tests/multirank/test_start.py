@@ -35,7 +35,7 @@ from stillframe.errors import (
     UnsupportedPlacement,
 )
 from stillframe.testing import Ranks, run_process, run_ranks
-from stillframe.testing.models import tiny_qwen3, tiny_tokenizer
+from stillframe.testing.models import tiny_qwen3, tiny_qwen3_moe, tiny_tokenizer
 from tests.multirank.footprint import footprint, grown, listing
 
 CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
@@ -184,6 +184,13 @@ CASES = [
         SaveFailed,
         r"rank 1 has another layout than rank 0.* differently: model\.embed_tokens\.weight",
         arguments=lambda: {"save_dtype": "bfloat16" if this_rank() == 1 else None},
+    ),
+    Case(
+        "another name of a later key on rank 1",
+        SaveFailed,
+        r"rank 1 has another layout than rank 0.* differently: model\.layers\.0\.mlp\.experts\.gate_up_proj",
+        tiny_qwen3_moe,
+        lambda: {"key_mapping": {r"experts\.2\.up_proj": "experts.2.above"} if this_rank() == 1 else {}},
     ),
     Case(
         "tokenizer fails",

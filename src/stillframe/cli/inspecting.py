@@ -24,6 +24,7 @@ from stillframe.manifest import Manifest
 from stillframe.names import CHECKPOINT_PART, EXPORT_PART, TOGETHER
 from stillframe.records import time_of
 
+_NAMED = 10
 _ADAPTER = re.compile(r"([^/]+/)?adapter_model(-[0-9]{5}-of-[0-9]{5})?\.safetensors")
 
 
@@ -155,7 +156,10 @@ def _origin(manifest: Manifest | None) -> list[str]:
     if (done := manifest.reshuffled) is not None:
         lines.append(f"  {done.tensors} tensors, {format_size(done.size_bytes)}, exchanged among ranks to whole rows")
     if (made_whole := manifest.gathered) is not None:
-        lines.append(f"  {len(made_whole.keys)} tensors that one rank made of what several held")
+        lines.append(f"  {len(made_whole.keys)} tensors that one rank made of what several held:")
+        lines += [f"    {printable(key)}" for key in made_whole.keys[:_NAMED]]
+        if len(made_whole.keys) > _NAMED:
+            lines.append(f"    and {len(made_whole.keys) - _NAMED} more: `gathered` in stillframe.json")
     if manifest.branch:
         lines.append(f"  branch {printable(manifest.branch)}")
     if manifest.metrics:

@@ -39,19 +39,24 @@ class Calls:
 
     @contextmanager
     def calling(self, store: Store) -> Iterator[None]:
-        """Around one call. Once the interpreter ends, a thread other than the main one does not come out of it."""
+        """Around one call. Once the interpreter ends, a thread other than the main one begins none, and does not come
+        out of one."""
         thread = threading.get_ident()
         with self._changed:
-            self._stores[thread] = store
+            ending = self._ending
+            if not ending:
+                self._stores[thread] = store
+        if ending:
+            _stand_still()
         try:
             yield
         finally:
             with self._changed:
-                del self._stores[thread]
+                self._stores.pop(thread, None)
                 self._changed.notify_all()
                 ending = self._ending
-            if ending and threading.current_thread() is not threading.main_thread():
-                threading.Event().wait()  # a wait that Python can end
+            if ending:
+                _stand_still()
 
     def end(self) -> None:
         """Have all calls of other threads return; waits until they have, at most 2 s."""
@@ -65,6 +70,12 @@ class Calls:
                     self._changed.wait_for(lambda: not self._stores, _RETURN_S)
 
 
+def _stand_still() -> None:
+    """For a thread other than the main one, until it is no more: in a wait that Python can end."""
+    if threading.current_thread() is not threading.main_thread():
+        threading.Event().wait()
+
+
 def _hang_up(store: TCPStore) -> None:
     """End the connections of this process to that store; torch has no call for it."""
     try:
@@ -75,6 +86,8 @@ def _hang_up(store: TCPStore) -> None:
     for link in Path("/proc/self/fd").iterdir():
         # OSError: it is no socket, or not connected, or closed meanwhile.
         with suppress(OSError), socket.socket(fileno=os.dup(int(link.name))) as connection:
+            if connection.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
             peer, port = connection.getpeername()[:2]
             if port == store.port and _plain(peer) in addresses:
                 connection.shutdown(socket.SHUT_RDWR)

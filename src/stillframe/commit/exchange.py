@@ -100,9 +100,9 @@ class Exchange:
             except TimeoutError:
                 late = [rank for rank in range(self._meeting.world_size) if rank not in digests]
                 reason = (
-                    f"{in_words(late)} did not say within {self._timeout_s:.0f} s which tensors they hold; with "
-                    "pipeline=True every rank calls prepare, resume, load_hf and its saves together with the others, "
-                    "with broadcast=True load_hf"
+                    f"{in_words(late)} did not say within {self._timeout_s:.0f} s which tensors they hold; did every "
+                    "rank make this call, with the same options? With pipeline=True these are the Checkpointer, "
+                    "prepare, resume, the saves and load_hf, with broadcast=True load_hf"
                 )
                 return {"failure": asdict(Failure(error="SaveTimeout", rank=late[0], stage="prepare", reason=reason))}
             if said["failure"] is not None:

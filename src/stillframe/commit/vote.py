@@ -273,7 +273,7 @@ def _disagreement(vote: Vote, *, step: int | None, layout_digest: str) -> str | 
             f"rank {vote.rank} saves step {vote.step} while rank 0 saves step {step}; every rank must call every save"
         )
     if vote.layout_digest != layout_digest:
-        return f"rank {vote.rank} has another layout than rank 0: do the ranks hold the same model?"
+        return f"rank {vote.rank} has another layout than rank 0: do all ranks have the same model and options?"
     return None
 
 

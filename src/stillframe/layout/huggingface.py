@@ -215,10 +215,10 @@ def _plan(
 def sketch_of(tensors: Mapping[str, torch.Tensor], holdings: Mapping[str, Holding], keys: Iterable[Key]) -> Sketch:
     """What tells this layout from that of a rank with other tensors, or with other options, by tensor. The runs of
     `keys` index `tensors`, in their order."""
-    becomes: dict[int, str] = {}
+    becomes: dict[int, list[str]] = {}
     for key in keys:
         if len(key.runs):
-            becomes.setdefault(int(key.runs.source[0]), f"{key.name!r} {key.shape} {key.dtype}")
+            becomes.setdefault(int(key.runs.source[0]), []).append(f"{key.name!r} {key.shape} {key.dtype}")
     return Sketch.of(
         [
             (name, f"{tuple(tensor.shape)} {tensor.dtype} {holdings[name].signature} {becomes.get(index)}")

@@ -86,7 +86,7 @@ def _entries(header: bytes, file_name: str) -> dict[str, Any]:
     if not header.startswith(b"{"):
         raise CorruptCheckpoint(f"{file_name}: its header does not begin with '{{'; it is no safetensors file")
     try:
-        return dict(json.loads(header, object_pairs_hook=_without_repetition))
+        return dict(json.loads(header.decode(), object_pairs_hook=_without_repetition))
     except (ValueError, RecursionError) as error:  # also: not UTF-8, a number of too many digits
         raise CorruptCheckpoint(f"{file_name}: its header is not the JSON of a safetensors file: {error}") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -97,9 +97,8 @@ class Snapshotter:
         straight = {copy.tensor for copy in self._copies}
         if self._quantizer is not None:
             straight |= self._quantizer.tensors
-        flat = {n: local_of(t).detach().contiguous().view(-1) for n, t in self._tensors.items() if n in straight}
-        if self._targets:
-            torch._foreach_copy_(self._targets, [_origin(flat[copy.tensor], copy) for copy in self._copies])
+        flat = _Flat({n: local_of(t).detach() for n, t in self._tensors.items() if n in straight})
+        self._copy_straight(flat)
         if self._quantizer is not None:
             self._quantizer.copy(flat)
         for copy, target in zip(self._turned, self._turned_targets, strict=True):
@@ -110,6 +109,17 @@ class Snapshotter:
             self._peers.meet(0, "tensors")
         self._copy_reshuffled()
         self._copy_gathered()
+
+    def _copy_straight(self, flat: _Flat) -> None:
+        targets, copies = self._targets, self._copies
+        if flat.strided:
+            for name, pairs in _by_tensor_with(copies, targets, flat.strided).items():
+                for copy, target in pairs:
+                    target.copy_(_origin(flat[name], copy))
+            rest = [pair for pair in zip(copies, targets, strict=True) if pair[0].tensor not in flat.strided]
+            copies, targets = [copy for copy, _ in rest], [target for _, target in rest]
+        if targets:
+            torch._foreach_copy_(targets, [_origin(flat[copy.tensor], copy) for copy in copies])
 
     def _copy_reshuffled(self) -> None:
         exchange = RowExchange(self._reshuffles, self._tensors)
@@ -137,6 +147,42 @@ class Snapshotter:
         for matrix in in_matrices(view, copy.first_element, copy.element_count):
             target[place : place + matrix.numel()].view(matrix.shape).copy_(matrix)
             place += matrix.numel()
+
+
+class _Flat(Mapping[str, torch.Tensor]):
+    """Local tensors as flat arrays. Of those in `strided`, whose memory is not in row-major order, the array is a copy;
+    only the last one that was asked for is kept."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._views = {name: tensor.view(-1) for name, tensor in tensors.items() if tensor.is_contiguous()}
+        self.strided = tensors.keys() - self._views.keys()
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._views:
+            return self._views[name]
+        if self._last is None or self._last[0] != name:
+            self._last = None  # gone before the next one comes
+            self._last = (name, self._tensors[name].contiguous().view(-1))
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _by_tensor_with(
+    copies: Sequence[Copy], targets: Sequence[torch.Tensor], names: Collection[str]
+) -> dict[str, list[tuple[Copy, torch.Tensor]]]:
+    """The copies of the tensors `names`, each with its target, by tensor."""
+    grouped: dict[str, list[tuple[Copy, torch.Tensor]]] = defaultdict(list)
+    for copy, target in zip(copies, targets, strict=True):
+        if copy.tensor in names:
+            grouped[copy.tensor].append((copy, target))
+    return grouped
 
 
 def _by_tensor(copies: Iterable[Copy]) -> dict[str, list[Copy]]:

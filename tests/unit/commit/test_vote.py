@@ -205,7 +205,7 @@ def test_of_many_failures_the_first_are_told_and_the_rest_named() -> None:
     ("other", "said"),
     [
         (vote(1, step=6), "rank 1 saves step 6 while rank 0 saves step 5"),
-        (vote(1, digest="e"), "rank 1 has another layout than rank 0: do the ranks hold the same model?"),
+        (vote(1, digest="e"), "rank 1 has another layout than rank 0: do all ranks have the same model and options?"),
     ],
 )
 def test_ranks_that_do_not_agree_are_named(other: Vote, said: str) -> None:

@@ -64,6 +64,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "not JSON": (file_of(b"{nonsense"), "is not the JSON"),
     "JSON cut off": (file_of(b'{"a": {"dtype": "F32"'), "is not the JSON"),
     "a list": (file_of([]), "does not begin with '{'"),
+    "UTF-16": (file_of('{"a": 1}'.encode("utf-16-le")), "is not the JSON"),
     "not UTF-8": (file_of(b'{"\xff": 1}'), "is not the JSON"),
     "a name that is not Unicode": (file_of({"\ud800": entry()}, 8), r"'\\ud800': is no name .* not valid Unicode"),
     "nested without end": (file_of(b'{"a":' + b"[" * 200_000), "is not the JSON"),
