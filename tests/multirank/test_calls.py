@@ -158,6 +158,41 @@ def test_an_interpreter_that_ends_without_close(end: str, status: int, said: str
         assert (tmp_path / "hf-1" / "stillframe.json").exists()
 
 
+FREED_AT_EXIT = """
+import sys
+import time
+import torch
+import stillframe
+from stillframe.snapshot.arena import Arena
+from stillframe.testing.models import tiny_qwen3
+
+close, freeing = Arena.close, []
+
+def slowly(arena):
+    freeing.append(arena)
+    numbers = torch.rand(200, 200)
+    end = time.monotonic() + 0.7
+    while time.monotonic() < end:  # inside of torch most of the time, as a large arena's freeing is
+        numbers = torch.tanh(numbers @ numbers)
+    close(arena)
+
+try:
+    with stillframe.Checkpointer(sys.argv[1], model=tiny_qwen3()):
+        Arena.close = slowly
+        raise RuntimeError("training failed")
+except RuntimeError:
+    while not freeing:
+        pass
+"""
+
+
+def test_a_process_that_ends_while_the_arena_is_freed_ends_with_its_own_status(tmp_path: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", FREED_AT_EXIT, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
 LET_GO = """
 import gc, sys
 import stillframe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -113,10 +113,11 @@ class Snapshotter:
     def _copy_straight(self, flat: _Flat) -> None:
         targets, copies = self._targets, self._copies
         if flat.strided:
-            for name, pairs in _by_tensor_with(copies, targets, flat.strided).items():
-                for copy, target in pairs:
-                    target.copy_(_origin(flat[name], copy))
-            rest = [pair for pair in zip(copies, targets, strict=True) if pair[0].tensor not in flat.strided]
+            pairs = list(zip(copies, targets, strict=True))
+            strided = [pair for pair in pairs if pair[0].tensor in flat.strided]
+            for copy, target in sorted(strided, key=lambda pair: pair[0].tensor):
+                target.copy_(_origin(flat[copy.tensor], copy))
+            rest = [pair for pair in pairs if pair[0].tensor not in flat.strided]
             copies, targets = [copy for copy, _ in rest], [target for _, target in rest]
         if targets:
             torch._foreach_copy_(targets, [_origin(flat[copy.tensor], copy) for copy in copies])
@@ -172,17 +173,6 @@ class _Flat(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
-
-
-def _by_tensor_with(
-    copies: Sequence[Copy], targets: Sequence[torch.Tensor], names: Collection[str]
-) -> dict[str, list[tuple[Copy, torch.Tensor]]]:
-    """The copies of the tensors `names`, each with its target, by tensor."""
-    grouped: dict[str, list[tuple[Copy, torch.Tensor]]] = defaultdict(list)
-    for copy, target in zip(copies, targets, strict=True):
-        if copy.tensor in names:
-            grouped[copy.tensor].append((copy, target))
-    return grouped
 
 
 def _by_tensor(copies: Iterable[Copy]) -> dict[str, list[Copy]]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
+
+from stillframe.commit.calls import Calls
 
 REPOSITORY_DIR = Path(__file__).parents[3]
 
 # `sys.late` goes while the interpreter finalizes. It says so, and is then told that what the threads wait for is there.
 CODE = """
-import sys, threading, time
+import socket, sys, threading, time
 from datetime import timedelta
 from torch.distributed import TCPStore
 from stillframe.commit.store import BoundedStore
@@ -38,6 +41,7 @@ def wait(store):
 for remote in (False, True):
     store = BoundedStore(connect(), remote=remote, answer_timeout_s=60)
     threading.Thread(target=wait, args=[store], name=f"{remote}", daemon=True).start()
+unnamed = socket.socketpair()  # connected, to no address
 connect().wait(["False", "True"], timedelta(seconds=60))
 raise ValueError("loss is nan")
 """
@@ -68,3 +72,20 @@ def test_the_status_is_that_of_the_exception(tmp_path: Path) -> None:
             process.kill()
     said = (tmp_path / "stderr").read_text()
     assert said.splitlines()[-1] == "ValueError: loss is nan", said
+    assert "Exception ignored" not in said
+
+
+def test_once_the_interpreter_ends_only_the_main_thread_begins_a_call() -> None:
+    calls, began = Calls(), threading.Event()
+    calls.end()
+
+    def call() -> None:
+        with calls.calling(HashStore()):
+            began.set()
+
+    other = threading.Thread(target=call, daemon=True)  # stands still from now on
+    other.start()
+    assert not began.wait(0.3)
+    assert other.is_alive()
+    with calls.calling(HashStore()):
+        pass
